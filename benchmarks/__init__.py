@@ -1,0 +1,1 @@
+"""Benchmarks: one module per question, each runnable as ``python -m benchmarks.<name>``."""

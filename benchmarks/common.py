@@ -1,0 +1,91 @@
+"""What every benchmark shares: rows, their table and JSON, peak memory, and the shipped model."""
+
+import argparse
+import json
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+SMALL_MODEL = Path(__file__).parent / "small_model"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: ``ratio`` is ours / peer, both in ``unit``; ``asked`` is the bound on the ratio or on ours."""
+
+    case: str
+    ours: float
+    peer: float | None
+    ratio: float | None
+    unit: str
+    device: str
+    asked: str = ""
+
+    @classmethod
+    def compare(cls, case: str, ours: float, peer: float, unit: str, asked: str = "") -> "Row":
+        return cls(case, ours, peer, ours / peer, unit, device_name(), asked)
+
+    @classmethod
+    def single(cls, case: str, ours: float, unit: str, asked: str = "") -> "Row":
+        return cls(case, ours, None, None, unit, device_name(), asked)
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def run(question: str, measure: Callable[[bool], Sequence[Row]]) -> None:
+    """Command line of a benchmark module: ``[--quick] [--json FILE]``, prints a table."""
+    parser = argparse.ArgumentParser(description=question)
+    parser.add_argument("--quick", action="store_true", help="smaller shapes, a smoke test rather than a measurement")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    args = parser.parse_args()
+    rows = measure(args.quick)
+    print_rows(rows)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    print(f"\n{'case':58} {'ours':>10} {'peer':>10} {'ratio':>7}  unit     asked")
+    for row in rows:
+        peer = "" if row.peer is None else f"{row.peer:.3f}"
+        ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
+        print(f"{row.case:58} {row.ours:10.3f} {peer:>10} {ratio:>7}  {row.unit:8} {row.asked}")
+    print(f"device: {rows[0].device}")
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process, from the kernel."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+@contextmanager
+def peak_memory(interval: float = 0.005) -> Iterator[Callable[[], int]]:
+    """Sample resident memory; the yielded function gives the peak above the start, in bytes."""
+    start = highest = resident_bytes()
+    stop = threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not stop.is_set():
+            highest = max(highest, resident_bytes())
+            time.sleep(interval)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield lambda: highest - start
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,94 @@
+"""The demo: prune the shipped model, save it, load it again, and compare it with baselines.
+
+``python -m benchmarks.demo [--ratio 0.2] [--out DIR]``
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+import saap
+from benchmarks.common import SMALL_MODEL
+
+CRITERIA = ("saap", "element", "vector", "mask_gradient", "magnitude", "random")
+
+
+def calibrate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, console: Console) -> saap.Statistics:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("calibrating, sequences", total=None)
+        return saap.calibrate(
+            model,
+            tokenizer,
+            SMALL_MODEL / "calibration.jsonl",
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def reload_equals(model: PreTrainedModel, path: Path) -> bool:
+    """Whether the checkpoint loads through transformers with bitwise equal logits."""
+    loaded = AutoModelForCausalLM.from_pretrained(path).eval()
+    ids = torch.arange(64)[None]
+    with torch.no_grad():
+        return torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ratio", type=float, default=0.2, help="share of all parameters to remove (default 0.2)")
+    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="where the pruned model goes")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    console = Console()
+    start = time.time()
+
+    tokenizer = AutoTokenizer.from_pretrained(SMALL_MODEL)
+    dense = AutoModelForCausalLM.from_pretrained(SMALL_MODEL)
+    text = SMALL_MODEL / "report.jsonl"
+    console.print(f"[bold]SAAP {saap.__version__}[/]: removing {args.ratio:.0%} of {SMALL_MODEL.name}'s parameters")
+    statistics = calibrate(dense, tokenizer, console)
+
+    table = Table(title=f"{args.ratio:.0%} removed, one calibration, held-out text")
+    for name in ("model", "perplexity", "parameters", "weights, MiB", "KV cache, B/token", "tokens/s"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    rows: list[tuple[str, saap.Evaluation]] = []
+    with console.status("evaluating") as status:
+        for criterion in CRITERIA:
+            status.update(f"evaluating {criterion}")
+            plan = saap.search(saap.score(statistics, criterion), args.ratio)
+            pruned = saap.compact(dense, plan, copy=True)
+            if criterion == "saap":
+                saap.save(pruned, args.out, tokenizer=tokenizer, force=True)
+                equal = reload_equals(pruned, args.out)
+            result = saap.evaluate(pruned, tokenizer, text, against=dense if not rows else None)
+            if not rows:
+                assert result.against is not None
+                rows.append(("dense", result.against))
+            rows.append((f"pruned by {criterion}", result))
+    for name, result in rows:
+        table.add_row(
+            name,
+            f"{result.perplexity:.2f}",
+            f"{result.parameters:,}",
+            f"{result.weight_bytes / 2**20:.1f}",
+            f"{result.kv_cache_bytes_per_token:,}",
+            f"{result.tokens_per_second:.0f}",
+        )
+    console.print(table)
+    console.print(f"dense :  {rows[0][1].sample!r}")
+    console.print(f"pruned:  {rows[1][1].sample!r}")
+    console.print(f"saved to {args.out}; reloaded with bitwise equal logits: {equal}; {time.time() - start:.0f} s")
+    if not equal:
+        raise SystemExit("error: the reloaded model's logits differ from the pruned model's")
+
+
+if __name__ == "__main__":
+    main()

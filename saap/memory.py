@@ -1,0 +1,34 @@
+"""Estimates of the memory that calibration needs, and how much a device has left."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from saap.units import Units
+
+
+def activation_bytes(units: Units, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes autograd keeps for ``tokens`` tokens of a micro-batch.
+
+    Per token and layer: residual stream, norms and their outputs (about 8 hidden sizes), q, k, v,
+    rotated q and k and the attention output, and four tensors of the MLP's width.
+    """
+    per_token = [
+        8 * layer.hidden_size
+        + (3 * layer.query_heads + 3 * layer.kv_heads) * layer.head_dim
+        + 4 * layer.intermediate_size
+        for layer in units.layers
+    ]
+    return sum(per_token) * tokens * dtype.itemsize
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of a CUDA device, or of the machine for any other device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")  # counts reclaimable page cache as available, unlike sysconf
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -1,0 +1,185 @@
+"""A pruning plan: which units each layer keeps, as JSON that a person can read, edit and apply."""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saap.units import LayerUnits, Units
+
+PLAN_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Units one layer keeps, ascending, numbered as in the model the plan was made for."""
+
+    kv_heads: tuple[int, ...]
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Kept units of every layer, the model they belong to, and how they were chosen."""
+
+    units: Units
+    layers: tuple[LayerPlan, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.layers) != len(self.units.layers):
+            raise ValueError(f"expected a plan for {len(self.units.layers)} layers, got {len(self.layers)}")
+        for index, (layer, sizes) in enumerate(zip(self.layers, self.units.layers, strict=True)):
+            _check_kept(layer.kv_heads, sizes.kv_heads, f"layer {index}: kv_heads")
+            _check_kept(layer.channels, sizes.intermediate_size, f"layer {index}: channels")
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every layer ends up with the same sizes."""
+        return len({(len(layer.kv_heads), len(layer.channels)) for layer in self.layers}) == 1
+
+    @property
+    def removed_parameters(self) -> int:
+        return sum(
+            (sizes.kv_heads - len(layer.kv_heads)) * sizes.unit_parameters("attention")
+            + (sizes.intermediate_size - len(layer.channels)) * sizes.unit_parameters("mlp")
+            for layer, sizes in zip(self.layers, self.units.layers, strict=True)
+        )
+
+    @property
+    def ratio(self) -> float:
+        """Share of all parameters that the plan removes."""
+        return self.removed_parameters / self.units.total_parameters
+
+    @property
+    def block_ratio(self) -> float:
+        """Share of the decoder layers' parameters that the plan removes."""
+        return self.removed_parameters / self.units.block_parameters
+
+    def check_model(self, units: Units) -> None:
+        """Raise ValueError unless ``units`` describe the model this plan was made for."""
+        if units.fingerprint != self.units.fingerprint:
+            raise ValueError(
+                f"this plan was made for a {self.units.family} model with fingerprint {self.units.fingerprint}; "
+                f"got a {units.family} model with fingerprint {units.fingerprint}"
+            )
+
+    def to_json(self) -> str:
+        kept = self.units.total_parameters - self.removed_parameters
+        body = {
+            "format": PLAN_FORMAT,
+            "family": self.units.family,
+            "fingerprint": self.units.fingerprint,
+            "parameters": {
+                "dense": self.units.total_parameters,
+                "pruned": kept,
+                "blocks_dense": self.units.block_parameters,
+                "removed_share": round(self.ratio, 6),
+                "removed_share_of_blocks": round(self.block_ratio, 6),
+            },
+            "settings": self.settings,
+            "layers": [
+                {
+                    "sizes": _sizes_to_json(sizes),
+                    "kv_heads": f"{len(layer.kv_heads)} of {sizes.kv_heads}",
+                    "kv_heads_kept": to_ranges(layer.kv_heads),
+                    "channels": f"{len(layer.channels)} of {sizes.intermediate_size}",
+                    "channels_kept": to_ranges(layer.channels),
+                }
+                for layer, sizes in zip(self.layers, self.units.layers, strict=True)
+            ],
+        }
+        return json.dumps(body, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "plan") -> "Plan":
+        """Read what ``to_json`` wrote; only the ``*_kept`` ranges of a layer are meant to be edited."""
+        try:
+            body = json.loads(text)
+            if body["format"] != PLAN_FORMAT:
+                raise ValueError(f"{source}: expected plan format {PLAN_FORMAT}, got {body['format']!r}")
+            units = Units(
+                family=body["family"],
+                layers=tuple(_sizes_from_json(row["sizes"]) for row in body["layers"]),
+                total_parameters=body["parameters"]["dense"],
+                block_parameters=body["parameters"]["blocks_dense"],
+                fingerprint=body["fingerprint"],
+            )
+            layers = tuple(
+                LayerPlan(
+                    from_ranges(row["kv_heads_kept"], f"layer {index}: kv_heads_kept"),
+                    from_ranges(row["channels_kept"], f"layer {index}: channels_kept"),
+                )
+                for index, row in enumerate(body["layers"])
+            )
+            return cls(units, layers, body["settings"])
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source} is not valid JSON: {error}") from error
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{source} lacks or misshapes the field {error} of a SAAP plan") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan atomically."""
+        write_atomically(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
+        return cls.from_json(Path(path).read_text(encoding="utf-8"), source=str(path))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` so that ``path`` never holds half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def to_ranges(indices: tuple[int, ...]) -> str:
+    """(0, 1, 2, 5) -> "0-2,5"."""
+    pieces: list[str] = []
+    start = previous = None
+    for index in (*indices, None):
+        if start is not None and previous is not None and index != previous + 1:
+            pieces.append(f"{start}" if start == previous else f"{start}-{previous}")
+            start = None
+        if start is None:
+            start = index
+        previous = index
+    return ",".join(pieces)
+
+
+def from_ranges(text: str, name: str = "ranges") -> tuple[int, ...]:
+    """ "0-2,5" -> (0, 1, 2, 5)."""
+    indices: list[int] = []
+    for piece in filter(None, text.replace(" ", "").split(",")):
+        first, _, last = piece.partition("-")
+        if not (first.isdigit() and (last.isdigit() or not last)):
+            raise ValueError(f'{name}: expected ranges such as "0-31,40", got {piece!r}')
+        indices.extend(range(int(first), int(last or first) + 1))
+    return tuple(indices)
+
+
+def _check_kept(kept: tuple[int, ...], count: int, name: str) -> None:
+    if any(b <= a for a, b in zip(kept, kept[1:], strict=False)):
+        raise ValueError(f"{name} must be increasing and without repeats")
+    if kept and (kept[0] < 0 or kept[-1] >= count):
+        raise ValueError(f"{name} must lie in 0 to {count - 1}; got {kept[0]} to {kept[-1]}")
+    if count and not kept:
+        raise ValueError(f"{name}: expected at least one unit to be kept, got none")
+
+
+def _sizes_to_json(sizes: LayerUnits) -> dict[str, Any]:
+    return {name: getattr(sizes, name) for name in LayerUnits.__dataclass_fields__}
+
+
+def _sizes_from_json(row: dict[str, Any]) -> LayerUnits:
+    return LayerUnits(**{**row, "biases": tuple(row["biases"])})

@@ -1,0 +1,43 @@
+"""Inputs that pruning would silently damage, refused by name before any work starts."""
+
+import torch
+from transformers import PreTrainedModel
+
+from saap.families import Family, layers_of, linears_of
+
+
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """Raise ValueError for models whose weights or structure SAAP cannot prune."""
+    if not isinstance(model, PreTrainedModel):
+        kind = type(model).__name__
+        if hasattr(model, "peft_config"):
+            raise ValueError(f"expected a plain model, got a PEFT-wrapped one ({kind}); call merge_and_unload() first")
+        raise ValueError(f"expected a transformers PreTrainedModel, got {kind}")
+    config = model.config
+    if getattr(model, "_hf_peft_config_loaded", False) or any("lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError("expected a plain model, got one with PEFT adapters; merge or delete them first")
+    if getattr(model, "is_quantized", False) or getattr(config, "quantization_config", None) is not None:
+        raise ValueError("expected 16- or 32-bit weights, got a quantised model; load it without quantization_config")
+    experts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    if any(getattr(config, name, None) for name in experts):
+        raise ValueError(f"mixture-of-experts models are not supported yet; got {config.model_type!r}")
+    if any(hasattr(config, name) for name in ("vision_config", "audio_config")):
+        raise ValueError(f"multimodal models are not supported; got {config.model_type!r}: pass its language model")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"expected a causal language model with an output head, got {type(model).__name__}")
+
+
+def refuse_nonfinite_weights(model: PreTrainedModel, family: Family) -> None:
+    """Raise ValueError naming the first prunable weight, embedding or head that holds NaN or inf."""
+    named = {
+        f"{family.layers}.{index}.{family.path(part)}": linear
+        for index, layer in enumerate(layers_of(model, family))
+        for part, linear in linears_of(layer, family).items()
+    }
+    named["input embeddings"] = model.get_input_embeddings()
+    named["output embeddings"] = model.get_output_embeddings()
+    for name, module in named.items():
+        for kind, parameter in module.named_parameters(recurse=False):
+            if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):  # a sum is one pass and no copy
+                if not torch.isfinite(parameter.detach()).all():
+                    raise ValueError(f"expected finite weights, found NaN or inf in {name}.{kind}")

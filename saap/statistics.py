@@ -1,0 +1,194 @@
+"""Calibration statistics: everything a criterion needs, independent of ratio, criterion and search."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from saap.moments import Moments
+from saap.units import MODULES, Units
+
+STATISTICS_FORMAT = "saap-statistics-1"
+ORDERS = ("first", "second", "mixed")
+AGGREGATES = ("joint", "sum")  # rows behind the matrices: signed sum over the unit, sum over its matrices
+
+
+@dataclass
+class ModuleStatistics:
+    """Statistics of all attention or all MLP units of a model, layers one after another.
+
+    With M coupled matrices, P = M + 2 rows (the matrices, then "joint" and "sum"), U units and
+    C input features of o or down:
+
+    - ``salience``: Moments of (3, P, U) over sequences: orders first, second, mixed of the
+      vector-wise (IV) and element-wise (IE) importance, method section 2a.
+    - ``signed``: (M, U) mean over sequences of a[u, n], the signed first-order sum.
+    - ``weight_l1``, ``weight_square``: (M, U) sum of |w| and of w^2 over the unit, biases included.
+    - ``input_mean``, ``input_m2``, ``input_absmax``: (C,) of the input of o or down over tokens.
+    """
+
+    matrices: tuple[str, ...]
+    salience: Moments
+    signed: Tensor
+    weight_l1: Tensor
+    weight_square: Tensor
+    input_mean: Tensor
+    input_m2: Tensor
+    input_absmax: Tensor
+
+    PLAIN = ("signed", "weight_l1", "weight_square", "input_mean", "input_m2", "input_absmax")
+
+    @classmethod
+    def zeros(cls, matrices: tuple[str, ...], units: int, features: int) -> "ModuleStatistics":
+        rows = len(matrices) + len(AGGREGATES)
+        per_unit = [torch.zeros(len(matrices), units, dtype=torch.float64) for _ in range(3)]
+        per_feature = [torch.zeros(features, dtype=torch.float64) for _ in range(3)]
+        return cls(matrices, Moments.zeros((len(ORDERS), rows, units)), *per_unit, *per_feature)
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        return self.matrices + AGGREGATES
+
+    def tensors(self) -> dict[str, Tensor]:
+        plain = {name: getattr(self, name) for name in self.PLAIN}
+        return plain | {f"salience.{name}": tensor for name, tensor in self.salience.tensors().items()}
+
+    def merge_(self, other: "ModuleStatistics", tokens: int, other_tokens: int) -> None:
+        """Add the sequences and tokens of ``other``; the weights' norms stay."""
+        total = self.salience.count + other.salience.count
+        if total:
+            self.signed += (other.signed - self.signed) * (other.salience.count / total)
+        merge_feature_moments(self.input_mean, self.input_m2, tokens, other.input_mean, other.input_m2, other_tokens)
+        torch.maximum(self.input_absmax, other.input_absmax, out=self.input_absmax)
+        self.salience.merge_(other.salience)
+
+
+def merge_feature_moments(
+    mean: Tensor, m2: Tensor, count: int, other_mean: Tensor, other_m2: Tensor, other_count: int
+) -> None:
+    """Merge two sets of per-feature token moments into the first (Chan, Golub and LeVeque 1983)."""
+    if not other_count:
+        return
+    gap = other_mean - mean
+    m2 += other_m2 + gap.square() * (count * other_count / (count + other_count))
+    mean += gap * (other_count / (count + other_count))
+
+
+@dataclass
+class Statistics:
+    """What calibration measured on one model; additive over sequences.
+
+    ``data`` holds a fingerprint of each merged calibration set, ``settings`` how it was made.
+    """
+
+    units: Units
+    modules: dict[str, ModuleStatistics]
+    tokens: int = 0
+    data: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def zeros(cls, units: Units) -> "Statistics":
+        gated = all(layer.gated for layer in units.layers)
+        matrices = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down") if gated else ("up", "down")}
+        features = {
+            "attention": sum(layer.query_heads * layer.head_dim for layer in units.layers),
+            "mlp": units.count("mlp"),
+        }
+        return cls(units, {m: ModuleStatistics.zeros(matrices[m], units.count(m), features[m]) for m in MODULES})
+
+    @property
+    def sequences(self) -> int:
+        return self.modules["mlp"].salience.count
+
+    def merge(self, other: "Statistics") -> "Statistics":
+        """Statistics of both calibration sets together.
+
+        Raises ValueError when the two belong to different models or share calibration data.
+        """
+        if other.units.fingerprint != self.units.fingerprint:
+            raise ValueError(
+                f"expected statistics of one model, got fingerprints {self.units.fingerprint} and {other.units.fingerprint}"
+            )
+        shared = set(self.data) & set(other.data)
+        if shared:
+            raise ValueError(f"both statistics cover the same calibration data ({', '.join(sorted(shared))})")
+        merged = Statistics.zeros(self.units)
+        for part in (self, other):
+            for name, module in merged.modules.items():
+                if part is self:
+                    module.weight_l1, module.weight_square = part.modules[name].weight_l1, part.modules[name].weight_square
+                module.merge_(part.modules[name], merged.tokens, part.tokens)
+            merged.tokens += part.tokens
+        merged.data = tuple(sorted(self.data + other.data))
+        merged.settings = self.settings | {"merged": len(merged.data)}
+        return merged
+
+    def check_model(self, units: Units) -> None:
+        """Raise ValueError unless ``units`` describe the model these statistics were measured on."""
+        if units.fingerprint != self.units.fingerprint:
+            raise ValueError(
+                f"these statistics belong to a {self.units.family} model with fingerprint {self.units.fingerprint}; "
+                f"got a {units.family} model with fingerprint {units.fingerprint}"
+            )
+
+    def data_fingerprint(self) -> str:
+        return hashlib.sha256("".join(self.data).encode()).hexdigest()[:16]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, atomically."""
+        path = Path(path)
+        tensors = {
+            f"{name}.{key}": tensor.contiguous()
+            for name, module in self.modules.items()
+            for key, tensor in module.tensors().items()
+        }
+        description = {
+            "format": STATISTICS_FORMAT,
+            "units": self.units.to_json(),
+            "sequences": self.sequences,
+            "tokens": self.tokens,
+            "data": self.data,
+            "settings": self.settings,
+        }
+        metadata = {"saap": json.dumps(description)}  # one entry: safetensors writes several in random order
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Statistics":
+        """Read what ``save`` wrote; raises ValueError when the file is damaged or something else."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = json.loads((file.metadata() or {}).get("saap", "{}"))
+                if metadata.get("format") != STATISTICS_FORMAT:
+                    raise ValueError(f"{path}: expected {STATISTICS_FORMAT}, got format {metadata.get('format')!r}")
+                statistics = cls.zeros(Units.from_json(metadata["units"]))
+                for name, module in statistics.modules.items():
+                    for key, tensor in module.tensors().items():
+                        stored = file.get_tensor(f"{name}.{key}")
+                        if stored.shape != tensor.shape:
+                            raise ValueError(
+                                f"{path}: expected {name}.{key} of shape {tuple(tensor.shape)}, got {tuple(stored.shape)}"
+                            )
+                        owner, _, attribute = key.rpartition(".")
+                        setattr(module.salience if owner else module, attribute, stored)
+                    module.salience.count = metadata["sequences"]
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
+        statistics.tokens = metadata["tokens"]
+        statistics.data = tuple(metadata["data"])
+        statistics.settings = metadata["settings"]
+        return statistics

@@ -1,0 +1,209 @@
+"""Discovery of coupled structures: the units that pruning removes as a whole (method section 1).
+
+An attention unit is one KV head with the r query heads that read it: rows (and bias entries) of
+q, k and v, columns of o. An MLP unit is one channel: a row of gate and up, a column of down.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from saap.families import Family, family_of, layers_of, linears_of
+from saap.refuse import refuse_unsupported
+
+MODULES = ("attention", "mlp")
+
+
+@dataclass(frozen=True)
+class LayerUnits:
+    """Sizes of one decoder layer; ``biases`` names the parts whose Linear has a bias."""
+
+    hidden_size: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    gated: bool
+    biases: tuple[str, ...] = ()
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.query_heads // self.kv_heads if self.kv_heads else 0
+
+    def count(self, module: str) -> int:
+        """Number of units of ``module`` ("attention" or "mlp") in this layer."""
+        return self.kv_heads if module == "attention" else self.intermediate_size
+
+    def unit_parameters(self, module: str) -> int:
+        """Parameters that removing one unit of ``module`` removes."""
+        if module == "attention":
+            rows = {"q": self.group * self.head_dim, "k": self.head_dim, "v": self.head_dim}
+            columns = self.group * self.head_dim
+        else:
+            rows = {"gate": 1, "up": 1} if self.gated else {"up": 1}
+            columns = 1
+        weights = (sum(rows.values()) + columns) * self.hidden_size
+        return weights + sum(size for part, size in rows.items() if part in self.biases)
+
+    def parameters(self, module: str) -> int:
+        """Parameters of all units of ``module``: what pruning could remove at most."""
+        return self.count(module) * self.unit_parameters(module)
+
+    def rows_per_unit(self, part: str) -> int:
+        """Rows (q, k, v, gate, up) or columns (o, down) of a part's weight that one unit owns."""
+        if part in ("q", "o"):
+            return self.group * self.head_dim
+        return self.head_dim if part in ("k", "v") else 1
+
+
+@dataclass(frozen=True)
+class Units:
+    """All units of a model, by layer, plus what identifies the model.
+
+    ``total_parameters`` counts tied tensors once and embeddings too; ``block_parameters`` counts
+    the decoder layers only. Units are addressed as (layer, module, index), zero-based.
+    """
+
+    family: str
+    layers: tuple[LayerUnits, ...]
+    total_parameters: int
+    block_parameters: int
+    fingerprint: str
+
+    def count(self, module: str) -> int:
+        return sum(layer.count(module) for layer in self.layers)
+
+    def offsets(self, module: str) -> list[int]:
+        """Start of each layer in a flat array of ``module`` units, and its length at the end."""
+        starts = [0]
+        for layer in self.layers:
+            starts.append(starts[-1] + layer.count(module))
+        return starts
+
+    def indices(self, layer: int, module: str, unit: int) -> dict[str, tuple[str, range]]:
+        """{part: ("out" | "in", rows or columns)} of everything one unit owns (bias with "out")."""
+        sizes = self.layers[layer]
+        if not 0 <= unit < sizes.count(module):
+            raise ValueError(f"layer {layer} has {module} units 0 to {sizes.count(module) - 1}; got {unit}")
+        if module == "attention":
+            parts = ("q", "k", "v", "o")
+        else:
+            parts = ("gate", "up", "down") if sizes.gated else ("up", "down")
+        owned = {}
+        for part in parts:
+            size = sizes.rows_per_unit(part)
+            axis = "in" if part in ("o", "down") else "out"
+            owned[part] = (axis, range(unit * size, (unit + 1) * size))
+        return owned
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Units":
+        fields = json.loads(text)
+        layers = tuple(LayerUnits(**{**row, "biases": tuple(row["biases"])}) for row in fields.pop("layers"))
+        return cls(layers=layers, **fields)
+
+
+def discover(model: PreTrainedModel, family: str | None = None) -> Units:
+    """Find the units of ``model`` that can be removed without changing any other shape.
+
+    ``family`` overrides the config's ``model_type``. Sizes are read from the weights, so a model
+    that is already pruned is described as it stands. Raises ValueError for unknown families and
+    for quantised, PEFT-wrapped, mixture-of-experts or multimodal models.
+    """
+    refuse_unsupported(model)
+    row = family_of(model, family)
+    layers = layers_of(model, row)
+    described = tuple(_describe(layer, row, index) for index, layer in enumerate(layers))
+    return Units(
+        family=row.name,
+        layers=described,
+        total_parameters=sum(p.numel() for p in model.parameters()),
+        block_parameters=sum(p.numel() for p in layers.parameters()),
+        fingerprint=fingerprint(model, row),
+    )
+
+
+def _describe(layer: nn.Module, family: Family, index: int) -> LayerUnits:
+    linears = linears_of(layer, family)
+    head_dim = int(layer.get_submodule(family.attention).head_dim)  # type: ignore[arg-type]
+    for part in ("q", "k", "v"):
+        if linears[part].out_features % head_dim:
+            raise ValueError(
+                f"layer {index}: expected rows of {family.path(part)} to be a multiple of head_dim {head_dim}, "
+                f"got {linears[part].out_features}"
+            )
+    query_heads, kv_heads = (linears[part].out_features // head_dim for part in ("q", "k"))
+    if (kv_heads == 0) != (query_heads == 0) or (kv_heads and query_heads % kv_heads):
+        raise ValueError(
+            f"layer {index}: expected query heads to be a multiple of KV heads, got {query_heads} and {kv_heads}"
+        )
+    return LayerUnits(
+        hidden_size=linears["q"].in_features,
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=linears["down"].in_features,
+        gated=family.gate is not None,
+        biases=tuple(part for part, linear in linears.items() if linear.bias is not None),
+    )
+
+
+def fingerprint(model: PreTrainedModel, family: Family) -> str:
+    """A short hash of every prunable weight's shape and of 64 of its values, rounded to bfloat16.
+
+    The rounding makes one checkpoint loaded in bf16 and in fp32 the same model.
+    """
+    digest = hashlib.sha256(family.name.encode())
+    for layer in layers_of(model, family):
+        for part, linear in linears_of(layer, family).items():
+            weight = linear.weight.detach()
+            digest.update(f"{part}{tuple(weight.shape)}".encode())
+            if not weight.is_meta and weight.numel():
+                flat = torch.linspace(0, weight.numel() - 1, 64, dtype=torch.float64).long()
+                sample = weight[flat // weight.shape[1], flat % weight.shape[1]]
+                digest.update(sample.to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def unit_masks(model: PreTrainedModel, units: Units, dtype: torch.dtype | None = None) -> Iterator[dict[str, list[Tensor]]]:
+    """Multiply every unit's output by a mask of ones while the context is open.
+
+    Yields {"attention": [(kv_heads,) per layer], "mlp": [(intermediate_size,) per layer]} leaf
+    tensors that require grad, at the input of o and of down. Zeroing an entry is the same
+    function as removing the unit; its gradient is the unit's ``last`` vector salience.
+    """
+    family = family_of(model, units.family)
+    masks: dict[str, list[Tensor]] = {module: [] for module in MODULES}
+    handles = []
+    for sizes, layer in zip(units.layers, layers_of(model, family), strict=True):
+        linears = linears_of(layer, family)
+        for module, part in (("attention", "o"), ("mlp", "down")):
+            weight = linears[part].weight
+            mask = torch.ones(sizes.count(module), dtype=dtype or weight.dtype, device=weight.device, requires_grad=True)
+            masks[module].append(mask)
+            handles.append(linears[part].register_forward_pre_hook(_multiplier(mask)))
+    try:
+        yield masks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _multiplier(mask: Tensor):
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        units = x.unflatten(-1, (len(mask), -1))  # [..., U, width per unit]
+        return ((units * mask[:, None]).flatten(-2), *args[1:])
+
+    return hook

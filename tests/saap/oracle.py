@@ -1,0 +1,64 @@
+"""The definition of every statistic by plain autograd, one sequence at a time, in float64.
+
+Slow and obvious on purpose: gradients of all weights are formed, each unit's entries are gathered
+by its index list, and nothing is shared with the code under test except those index lists.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from saap.families import family_of, layers_of, linears_of
+from saap.units import MODULES, Units
+
+
+def sequence_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Mean next-token loss of one unpadded sequence (T,), in the model's own precision."""
+    logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    return F.cross_entropy(logits[:-1], ids[1:])
+
+
+def salience_per_sequence(model: PreTrainedModel, units: Units, sequences: list[Tensor]) -> dict:
+    """{(layer, module): (S, U, {part: entries})} is too loose; this returns per (layer, module, part)
+
+    a dict with "signed" (S, U) and "first", "second", "mixed" (S, U): sums over the unit's weights
+    and biases of s, |s|, s^2 and |s - s^2 / 2| with s = w * dloss_n / dw.
+    """
+    family = family_of(model, units.family)
+    results: dict = {}
+    for layer_index, layer in enumerate(layers_of(model, family)):
+        for linear in linears_of(layer, family).values():
+            linear.weight.requires_grad_(True)
+    for ids in sequences:
+        model.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            sequence_loss(model, ids).backward()
+        for layer_index, layer in enumerate(layers_of(model, family)):
+            linears = linears_of(layer, family)
+            for module in MODULES:
+                _add_layer(results, units, layer_index, module, linears)
+    model.zero_grad(set_to_none=True)
+    return {key: {name: torch.stack(rows) for name, rows in value.items()} for key, value in results.items()}
+
+
+def _add_layer(results: dict, units: Units, layer: int, module: str, linears: dict) -> None:
+    owned = [units.indices(layer, module, unit) for unit in range(units.layers[layer].count(module))]
+    for part in owned[0]:
+        linear = linears[part]
+        weight = (linear.weight * linear.weight.grad).detach()
+        bias = None if linear.bias is None else (linear.bias * linear.bias.grad).detach()
+        sums: dict[str, list[Tensor]] = {"signed": [], "first": [], "second": [], "mixed": []}
+        for unit in owned:
+            axis, where = unit[part]
+            index = torch.tensor(list(where))
+            s = weight.index_select(0 if axis == "out" else 1, index).flatten()
+            if axis == "out" and bias is not None:
+                s = torch.cat([s, bias[index]])
+            sums["signed"].append(s.sum())
+            sums["first"].append(s.abs().sum())
+            sums["second"].append(s.square().sum())
+            sums["mixed"].append((s - s.square() / 2).abs().sum())
+        row = results.setdefault((layer, module, part), {name: [] for name in sums})
+        for name, values in sums.items():
+            row[name].append(torch.stack(values))

@@ -1,0 +1,25 @@
+"""Tiny random models and a tokenizer for tests: odd sizes, non-zero biases, grouped-query attention."""
+
+import torch
+from transformers import LlamaConfig, MistralConfig, OPTConfig, PreTrainedModel, Qwen2Config, AutoModelForCausalLM
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides) -> PreTrainedModel:
+    common = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8, "max_position_embeddings": 64}
+    if family == "opt":
+        config = OPTConfig(**common | {"ffn_dim": 97, "word_embed_proj_dim": 64, "dropout": 0.0} | overrides)
+    else:
+        kind = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[family]
+        grouped = {"intermediate_size": 97, "num_key_value_heads": 4, "head_dim": 8}
+        if family == "llama":
+            grouped |= {"attention_bias": True, "mlp_bias": True}
+        if family == "qwen2":
+            grouped.pop("head_dim")
+        config = kind(**common | grouped | overrides)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * (0.3 if parameter.ndim == 1 else 0.15))
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(1.0)
+    return model.eval()
