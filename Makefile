@@ -1,0 +1,55 @@
+# One virtual environment, made here. Other torch builds: make TORCH=torch==2.11.0 TORCH_INDEX=https://...
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+TRANSFORMERS ?= transformers==5.17.0
+GPU_PYTHON ?= python3
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test lint format bench gpu clean
+
+help:
+	@echo "make demo    prune the shipped model and compare it with baselines"
+	@echo "make test    all tests that need no GPU"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   all benchmarks"
+	@echo "make gpu     build with CUDA, run the GPU tests and the benchmarks (GPU_PYTHON=python3)"
+	@echo "make clean   remove the virtual environment and build output"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv python3-dev"; exit 1; }
+
+$(STAMP): $(VENV)/bin/python pyproject.toml setup.py $(wildcard csrc/*)
+	$(RUN) -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(RUN) -m pip install --quiet "$(TRANSFORMERS)" -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP)
+	$(RUN) -m benchmarks.demo
+
+test: $(STAMP)
+	$(RUN) -m pytest -q -m "not gpu" --durations=10
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(STAMP)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: $(STAMP)
+	$(RUN) -m benchmarks.run --json build/bench.json
+
+# Runs where nothing can be installed: torch and transformers come with GPU_PYTHON.
+gpu:
+	SAAP_BUILD_CUDA=1 $(GPU_PYTHON) setup.py build_ext --inplace
+	$(GPU_PYTHON) -m pytest -q -m gpu tests
+	$(GPU_PYTHON) -m benchmarks.run --json build/gpu.json
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info saap_kernels/_C*.so .mypy_cache .pytest_cache .ruff_cache .benchmarks

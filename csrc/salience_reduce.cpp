@@ -1,0 +1,166 @@
+// Fused multiply-reduce of one gradient tile against its weight tile; one read of each.
+#include "kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace saap {
+namespace {
+
+constexpr int64_t kBlock = 1024;            // columns summed in fp32 before the sum moves to fp64
+constexpr int64_t kColumnBlock = 16;        // columns one pass over the rows accumulates in registers
+constexpr int64_t kSerialElements = 1 << 15;  // below this a thread team costs more than it saves
+
+struct Sums {
+  double abs = 0, square = 0, mixed = 0;
+  void add(float s) {
+    const double v = s;
+    abs += std::fabs(v);
+    square += v * v;
+    mixed += std::fabs(v - 0.5 * v * v);
+  }
+};
+
+#if defined(__x86_64__)
+#define SAAP_AVX2 __attribute__((target("avx2,fma")))
+
+SAAP_AVX2 inline double horizontal_sum(__m256 v) {
+  const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+  const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+  const __m256d both = _mm256_add_pd(low, high);
+  const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(both), _mm256_extractf128_pd(both, 1));
+  return _mm_cvtsd_f64(half) + _mm_cvtsd_f64(_mm_unpackhi_pd(half, half));
+}
+
+struct Lanes {
+  __m256 abs, square, mixed;
+};
+
+SAAP_AVX2 inline void accumulate(Lanes& sums, const float* g, const float* w) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  const __m256 s = _mm256_mul_ps(_mm256_loadu_ps(g), _mm256_loadu_ps(w));
+  const __m256 rest = _mm256_fnmadd_ps(_mm256_mul_ps(s, _mm256_set1_ps(0.5f)), s, s);
+  sums.abs = _mm256_add_ps(sums.abs, _mm256_andnot_ps(sign, s));
+  sums.square = _mm256_fmadd_ps(s, s, sums.square);
+  sums.mixed = _mm256_add_ps(sums.mixed, _mm256_andnot_ps(sign, rest));
+}
+
+SAAP_AVX2 Sums row_sums_avx2(const float* g, const float* w, int64_t columns) {
+  Sums total;
+  int64_t c = 0;
+  while (c + 16 <= columns) {
+    const int64_t stop = std::min(columns - columns % 16, c + kBlock);
+    Lanes a{}, b{};  // two chains hide the latency of the additions
+    for (; c < stop; c += 16) {
+      accumulate(a, g + c, w + c);
+      accumulate(b, g + c + 8, w + c + 8);
+    }
+    total.abs += horizontal_sum(_mm256_add_ps(a.abs, b.abs));
+    total.square += horizontal_sum(_mm256_add_ps(a.square, b.square));
+    total.mixed += horizontal_sum(_mm256_add_ps(a.mixed, b.mixed));
+  }
+  for (; c < columns; ++c) total.add(g[c] * w[c]);
+  return total;
+}
+
+// Sums over rows of 16 columns, one entry of out per column and quantity: out (3, 16).
+SAAP_AVX2 void column_sums_avx2(const float* g, int64_t g_pitch, const float* w, int64_t w_pitch, int64_t rows,
+                                float* out) {
+  Lanes a{}, b{};
+  for (int64_t r = 0; r < rows; ++r) {
+    accumulate(a, g + r * g_pitch, w + r * w_pitch);
+    accumulate(b, g + r * g_pitch + 8, w + r * w_pitch + 8);
+  }
+  _mm256_storeu_ps(out, a.abs);
+  _mm256_storeu_ps(out + 8, b.abs);
+  _mm256_storeu_ps(out + 16, a.square);
+  _mm256_storeu_ps(out + 24, b.square);
+  _mm256_storeu_ps(out + 32, a.mixed);
+  _mm256_storeu_ps(out + 40, b.mixed);
+}
+#endif
+
+Sums row_sums(const float* g, const float* w, int64_t columns) {
+  Sums total;
+  for (int64_t c = 0; c < columns; ++c) total.add(g[c] * w[c]);
+  return total;
+}
+
+Sums column_sum(const float* g, int64_t g_pitch, const float* w, int64_t w_pitch, int64_t rows) {
+  Sums total;
+  for (int64_t r = 0; r < rows; ++r) total.add(g[r * g_pitch] * w[r * w_pitch]);
+  return total;
+}
+
+void reduce_units(const std::vector<Sums>& lines, int64_t unit_size, float* sums) {
+  const int64_t units = static_cast<int64_t>(lines.size()) / unit_size;
+  for (int64_t u = 0; u < units; ++u) {
+    Sums total;
+    for (int64_t i = u * unit_size; i < (u + 1) * unit_size; ++i) {
+      total.abs += lines[i].abs;
+      total.square += lines[i].square;
+      total.mixed += lines[i].mixed;
+    }
+    sums[u] += static_cast<float>(total.abs);
+    sums[units + u] += static_cast<float>(total.square);
+    sums[2 * units + u] += static_cast<float>(total.mixed);
+  }
+}
+
+}  // namespace
+
+bool has_avx2() {
+#if defined(__x86_64__)
+  static const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  return supported;
+#else
+  return false;
+#endif
+}
+
+void salience_reduce_f32(const float* gradient, int64_t gradient_pitch, const float* weight, int64_t weight_pitch,
+                         int64_t rows, int64_t columns, int64_t unit_size, int axis, float* sums, int threads) {
+  std::vector<Sums> lines(axis == 0 ? rows : columns);
+  const bool wide = has_avx2();
+  const int team = rows * columns < kSerialElements ? 1 : std::max(1, threads);
+  (void)team;  // unused without OpenMP
+  if (axis == 0) {
+#pragma omp parallel for num_threads(team) schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* g = gradient + r * gradient_pitch;
+      const float* w = weight + r * weight_pitch;
+#if defined(__x86_64__)
+      lines[r] = wide ? row_sums_avx2(g, w, columns) : row_sums(g, w, columns);
+#else
+      lines[r] = row_sums(g, w, columns);
+#endif
+    }
+  } else {
+    const int64_t blocks = (columns + kColumnBlock - 1) / kColumnBlock;
+#pragma omp parallel for num_threads(team) schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t first = block * kColumnBlock;
+      const int64_t count = std::min(kColumnBlock, columns - first);
+#if defined(__x86_64__)
+      if (wide && count == kColumnBlock) {
+        float out[3 * kColumnBlock];
+        column_sums_avx2(gradient + first, gradient_pitch, weight + first, weight_pitch, rows, out);
+        for (int64_t i = 0; i < kColumnBlock; ++i)
+          lines[first + i] = {out[i], out[kColumnBlock + i], out[2 * kColumnBlock + i]};
+        continue;
+      }
+#endif
+      for (int64_t i = first; i < first + count; ++i)
+        lines[i] = column_sum(gradient + i, gradient_pitch, weight + i, weight_pitch, rows);
+    }
+  }
+  (void)wide;
+  reduce_units(lines, unit_size, sums);
+}
+
+}  // namespace saap

@@ -1,0 +1,20 @@
+"""Kernels for calibrating and running pruned language models; usable without the ``saap`` package."""
+
+from saap_kernels.backend import available_backends, use_backend
+from saap_kernels.calibration import (
+    activation_salience,
+    activation_salience_statistics,
+    activation_statistics,
+    coupled_salience,
+    weight_salience,
+)
+
+__all__ = [
+    "activation_salience",
+    "activation_salience_statistics",
+    "activation_statistics",
+    "available_backends",
+    "coupled_salience",
+    "use_backend",
+    "weight_salience",
+]

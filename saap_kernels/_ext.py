@@ -1,0 +1,40 @@
+"""The compiled module, loaded once, or the reason why it is not there."""
+
+from functools import cache
+from types import ModuleType
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    import torch  # noqa: F401  loads torch's OpenMP runtime first, so that the compiled module shares its threads
+
+    try:
+        from saap_kernels import _C
+    except ImportError as error:
+        return None, f"the compiled module is not there ({error}); install with a C++ compiler: pip install ."
+    return _C, "ok"
+
+
+def native() -> ModuleType | None:
+    """The compiled module, or None."""
+    return _load()[0]
+
+
+def why_no_native() -> str:
+    """One line saying why ``native()`` is None; "ok" when it is not."""
+    return _load()[1]
+
+
+@cache
+def cuda_status() -> tuple[bool, str]:
+    """Whether the CUDA kernels can run here, and why not."""
+    module, reason = _load()
+    if module is None:
+        return False, reason
+    if not module.cuda_built:
+        return False, "built without CUDA: nvcc was not found, or SAAP_BUILD_CUDA=0"
+    import torch
+
+    if not torch.cuda.is_available():
+        return False, "no CUDA device or driver that this torch can use"
+    return True, "ok"

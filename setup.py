@@ -1,0 +1,113 @@
+"""Builds saap_kernels._C: a C++ part always, CUDA objects when nvcc is found; torch is not needed.
+
+Environment: SAAP_BUILD_CUDA=0 leaves CUDA out, =1 makes its absence an error; SAAP_CUDA_ARCHS
+(default "80;90a") names targets; SAAP_NVCC or PATH finds nvcc.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+
+CPU_SOURCES = ["csrc/bindings.cpp", "csrc/salience_reduce.cpp"]
+CUDA_SOURCES = ["csrc/activation_salience.cu"]
+DEFAULT_ARCHS = "80;90a"
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc, or None when CUDA is to be left out; says why in one line."""
+    wanted = os.environ.get("SAAP_BUILD_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"SAAP_BUILD_CUDA: expected 0, 1 or nothing, got {wanted!r}")
+    if wanted == "0":
+        print("saap: CUDA kernels left out (SAAP_BUILD_CUDA=0)", file=sys.stderr)
+        return None
+    nvcc = os.environ.get("SAAP_NVCC") or shutil.which("nvcc")
+    if nvcc is None and "CUDA_HOME" in os.environ:
+        nvcc = shutil.which("nvcc", path=str(Path(os.environ["CUDA_HOME"]) / "bin"))
+    if nvcc is None:
+        if wanted == "1":
+            raise SystemExit("SAAP_BUILD_CUDA=1, but nvcc was not found on PATH, in CUDA_HOME or as SAAP_NVCC")
+        print("saap: CUDA kernels left out (nvcc not found); the CPU kernels are built", file=sys.stderr)
+    return nvcc
+
+
+def toolkit_root(nvcc: str) -> Path:
+    """The toolkit folder, as nvcc itself names it (nvcc may be a wrapper script)."""
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull], capture_output=True, text=True)
+    found = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
+    if found is None:
+        raise SystemExit(f"{nvcc} --dryrun does not name its toolkit:\n{plan.stderr}")
+    return Path(found.group(1)).resolve()
+
+
+def supported_archs(nvcc: str) -> list[str]:
+    """The targets of SAAP_CUDA_ARCHS; defaults that this nvcc does not know are dropped."""
+    asked = os.environ.get("SAAP_CUDA_ARCHS", "")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
+    archs = [arch for arch in (asked or DEFAULT_ARCHS).split(";") if arch]
+    missing = [arch for arch in archs if f"sm_{arch.rstrip('af')}" not in known]
+    if asked and missing:
+        raise SystemExit(f"SAAP_CUDA_ARCHS: {nvcc} does not support {', '.join(missing)}")
+    return [arch for arch in archs if arch not in missing]
+
+
+class BuildNative(build_ext):
+    """Compiles the .cu files with nvcc and hands their objects to the ordinary C++ build."""
+
+    def build_extensions(self) -> None:
+        (extension,) = self.extensions
+        if self._openmp_works():
+            extension.extra_compile_args.append("-fopenmp")
+            extension.extra_link_args.append("-fopenmp")
+        nvcc = find_nvcc()
+        if nvcc is not None:
+            self._add_cuda(extension, nvcc)
+        super().build_extensions()
+
+    def _openmp_works(self) -> bool:
+        source = Path(self.build_temp) / "openmp.cpp"
+        source.parent.mkdir(parents=True, exist_ok=True)
+        source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "c++"
+        command = [compiler, "-fopenmp", str(source), "-o", str(source.with_suffix(""))]
+        try:
+            return subprocess.run(command, capture_output=True).returncode == 0
+        except FileNotFoundError:
+            return False
+
+    def _add_cuda(self, extension: Pybind11Extension, nvcc: str) -> None:
+        root, archs = toolkit_root(nvcc), supported_archs(nvcc)
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        for source in CUDA_SOURCES:
+            target = folder / Path(source).with_suffix(".o").name
+            command = [nvcc, "-O3", "-std=c++17", "-Xcompiler=-fPIC", *targets, "-c", source, "-o", str(target)]
+            print("saap:", " ".join(command), file=sys.stderr)
+            subprocess.run(command, check=True)
+            extension.extra_objects.append(str(target))
+        extension.define_macros += [("SAAP_CUDA", "1"), ("SAAP_CUDA_ARCHS", f'"{";".join(archs)}"')]
+        libraries = [root / "lib64", root / "lib", root / "targets/x86_64-linux/lib"]
+        extension.library_dirs += [str(path) for path in libraries if (path / "libcudart_static.a").exists()]
+        extension.libraries += ["cudart_static", "rt", "dl", "pthread"]  # static: imports without a driver
+
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "saap_kernels._C",
+            CPU_SOURCES,
+            cxx_std=17,
+            include_dirs=["csrc"],
+            depends=["csrc/kernels.h", *CUDA_SOURCES],
+            extra_compile_args=["-O3", "-fvisibility=hidden"],
+        )
+    ],
+    cmdclass={"build_ext": BuildNative},
+)
