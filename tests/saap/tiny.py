@@ -16,10 +16,23 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, *
             grouped.pop("head_dim")
         config = kind(**common | grouped | overrides)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * (0.3 if parameter.ndim == 1 else 0.15))
             if "norm" in name and name.endswith("weight"):
                 parameter.add_(1.0)
     return model.eval()
+
+
+def tiny_tokenizer():
+    """Byte-level BPE with 64 entries, the vocabulary of the tiny models."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<s>", "</s>", *sorted("Ġ.,abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456")]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")

@@ -1,0 +1,53 @@
+"""The model card that goes with a pruned checkpoint."""
+
+from transformers import PreTrainedModel
+
+from saap.plan import Plan
+from saap.units import Units
+
+_CARD = """---
+library_name: transformers
+tags: [pruned, saap]
+---
+# {title}
+
+A structurally pruned causal language model: whole KV groups and MLP channels were removed with SAAP {version}.
+
+| | |
+|---|---|
+| parameters | {parameters:,} |
+{removed}| KV heads per layer | {heads} |
+| MLP width per layer | {widths} |
+
+## Load it
+
+```python
+{loading}
+```
+"""
+_STOCK = """from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")  # a stock {kind}: nothing else is needed"""
+_TEMPLATE = """from transformers import AutoModelForCausalLM
+import saap  # or, without saap installed, trust_remote_code=True below
+model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")"""
+
+
+def model_card(model: PreTrainedModel, units: Units, plan: Plan | None, version: str) -> str:
+    """Markdown with sizes, how the model was made, and the lines that load it."""
+    removed = ""
+    if plan is not None:
+        settings = ", ".join(f"{key} {value}" for key, value in plan.settings.items() if value not in (None, [], False))
+        removed = (
+            f"| removed | {plan.ratio:.2%} of all parameters, {plan.block_ratio:.2%} of the blocks' |\n"
+            f"| made with | {settings} |\n"
+        )
+    template = type(model).__name__.startswith("Saap")
+    return _CARD.format(
+        title=f"Pruned {units.family}",
+        version=version,
+        parameters=units.total_parameters,
+        removed=removed,
+        heads=", ".join(str(layer.kv_heads) for layer in units.layers),
+        widths=", ".join(str(layer.intermediate_size) for layer in units.layers),
+        loading=_TEMPLATE if template else _STOCK.format(kind=type(model).__name__),
+    )

@@ -1,0 +1,178 @@
+"""Save and load pruned checkpoints: Hugging Face directories, written whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+from saap.card import model_card
+from saap.compact import PLAN_ATTRIBUTE
+from saap.families import Family, family_of
+from saap.layout import LAYOUTS, adopt, describe_as_mistral, describe_as_stock, describe_as_template, is_template
+from saap.plan import Plan
+from saap.refuse import refuse_unsupported
+from saap.units import Units, discover
+from saap.version import __version__
+
+PLAN_FILE = "saap_plan.json"
+
+
+def save(
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    layout: str = "auto",
+    force: bool = False,
+    plan: Plan | None = None,
+) -> None:
+    """Write ``model`` as a Hugging Face directory with safetensors, plan and model card.
+
+    ``layout`` "stock" writes a model of its own family that loads anywhere (all layers of one size);
+    "template" writes per-layer sizes and the two template files, for ``import saap`` or
+    ``trust_remote_code=True``; "auto" prefers stock. The plan is the one ``compact`` applied, unless given.
+    The directory appears at once, complete; ``force`` replaces an existing one only then.
+
+    Raises FileExistsError before any work, and ValueError when a stock layout cannot express the sizes.
+    """
+    target = Path(path)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
+    refuse_existing(target, force)
+    refuse_unsupported(model)
+    units = discover(model)
+    plan = plan or getattr(model, PLAN_ATTRIBUTE, None)
+    with _written_whole(target) as folder, _in_layout(model, units, layout) as described:
+        described.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if plan is not None:
+            plan.save(folder / PLAN_FILE)
+        (folder / "README.md").write_text(model_card(described, units, plan, __version__), encoding="utf-8")
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raise FileExistsError unless ``path`` is free, an empty directory, or may be replaced."""
+    if path.is_file():
+        raise FileExistsError(f"{path} is a file; expected a directory to write")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise FileExistsError(f"{path} exists already; use force (--force) to replace it")
+
+
+def load(path: str | os.PathLike[str], dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+    """Load a dense or pruned causal language model, in the dtype its configuration states unless given.
+
+    ``path`` is a directory or a hub name. Raises ValueError naming a damaged safetensors file and
+    FileNotFoundError for a directory without a configuration.
+    """
+    folder = Path(path)
+    if folder.exists():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"expected a model directory with config.json, found none in {folder}")
+        for file in sorted(folder.glob("*.safetensors")):
+            _check_safetensors(file)
+    model = AutoModelForCausalLM.from_pretrained(str(path), **({} if dtype is None else {"dtype": dtype}))
+    return model.eval()
+
+
+def _check_safetensors(file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+
+
+@contextmanager
+def _in_layout(model: PreTrainedModel, units: Units, layout: str) -> Iterator[PreTrainedModel]:
+    """The model under the configuration to be written; its own is put back afterwards."""
+    family = family_of(model)
+    if layout == "template":
+        config = describe_as_template(model.config, family, units.layers, type(model))
+        if is_template(model):
+            config = model.config
+    else:
+        stock = _stock_twin(model, family, units, required=layout == "stock")
+        if stock is not None:
+            yield stock
+            return
+        config = model.config
+    original, kind = model.config, type(model)
+    try:
+        adopt(model, family, config)
+        yield model
+    finally:
+        adopt(model, family, original)
+        model.__class__ = kind
+
+
+def _stock_twin(model: PreTrainedModel, family: Family, units: Units, required: bool) -> PreTrainedModel | None:
+    """The model as a stock class sharing its weights, or None (ValueError if ``required``) when none fits."""
+    if not is_template(model):
+        return model
+    reasons = []
+    if len(set(units.layers)) != 1:
+        reasons.append("its layers differ in size")
+    else:
+        for describe in (describe_as_stock, describe_as_mistral):
+            try:
+                return _share_weights(model, describe(model.config, family, units.layers[0]))
+            except ValueError as error:
+                reasons.append(str(error))
+    if required:
+        raise ValueError(f"this model cannot be saved with layout='stock': {'; '.join(reasons)}; use layout='template'")
+    return None
+
+
+def _share_weights(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A stock model over the same tensors; raises ValueError unless its logits are bitwise equal."""
+    config._attn_implementation = model.config._attn_implementation
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    twin.load_state_dict(model.state_dict(), assign=True)
+    for name, buffer in model.named_buffers():  # computed at construction, not part of the state
+        owner, _, attribute = name.rpartition(".")
+        twin.get_submodule(owner).register_buffer(attribute, buffer, persistent=False)
+    twin.tie_weights()
+    twin.generation_config = model.generation_config
+    ids = torch.arange(8, device=model.device)[None] % config.vocab_size
+    training = model.training
+    with torch.no_grad():
+        equal = torch.equal(twin.eval()(ids).logits, model.eval()(ids).logits)
+    model.train(training)
+    if not equal:
+        raise ValueError(f"{type(twin).__name__} does not compute the same logits")
+    return twin
+
+
+@contextmanager
+def _written_whole(target: Path) -> Iterator[Path]:
+    """A sibling directory that replaces ``target`` when the context ends well, and vanishes otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name}.incomplete-"
+    for stale in target.parent.glob(f"{prefix}*"):  # what a killed process left behind
+        shutil.rmtree(stale, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        for file in folder.iterdir():
+            file.chmod(0o644)
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        if target.exists():
+            old = folder.with_name(f".{target.name}.replaced-{os.getpid()}")
+            target.rename(old)
+            folder.rename(target)
+            shutil.rmtree(old)
+        else:
+            folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""The files a non-uniform checkpoint carries: self-contained, copied as they are, no saap needed."""
