@@ -47,7 +47,7 @@ def backward_sequence_losses(
         with torch.no_grad():
             logits = head(rows[chunk]).requires_grad_()
         with torch.enable_grad():
-            loss = F.cross_entropy(_final(model, logits), targets.flatten()[chunk], reduction="none", ignore_index=-100)
+            loss = F.cross_entropy(final_logits(model, logits), targets.flatten()[chunk], reduction="none", ignore_index=-100)
             loss = loss * weight[chunk].to(loss.dtype)
             (d_logits,) = torch.autograd.grad(loss.sum() * loss_scale, logits)
         # by hand, so that autograd does not save the head's weight
@@ -57,7 +57,7 @@ def backward_sequence_losses(
     return losses.float()
 
 
-def _final(model: PreTrainedModel, logits: Tensor) -> Tensor:
+def final_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
     """Logits in fp32 (float64 stays) with the family's scaling; inputs (rows, vocabulary)."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     cap = getattr(model.config, "final_logit_softcapping", None)

@@ -1,0 +1,45 @@
+"""SAAP: make a language model structurally smaller in one fast pass, and serve it anywhere.
+
+Importing this package lets transformers' Auto classes load pruned checkpoints.
+"""
+
+from saap.calibrate import calibrate
+from saap.checkpoint import load, save
+from saap.compact import compact
+from saap.criteria import CRITERIA, Scores, score
+from saap.evaluate import Evaluation, evaluate
+from saap.families import Family, known_families, register_family
+from saap.layout import register_template_classes
+from saap.plan import LayerPlan, Plan
+from saap.prune import PruneResult, prune
+from saap.search import search
+from saap.statistics import Statistics
+from saap.units import Units, discover, unit_masks
+from saap.version import __version__
+
+register_template_classes()
+
+__all__ = [
+    "CRITERIA",
+    "Evaluation",
+    "Family",
+    "LayerPlan",
+    "Plan",
+    "PruneResult",
+    "Scores",
+    "Statistics",
+    "Units",
+    "__version__",
+    "calibrate",
+    "compact",
+    "discover",
+    "evaluate",
+    "known_families",
+    "load",
+    "prune",
+    "register_family",
+    "save",
+    "score",
+    "search",
+    "unit_masks",
+]
