@@ -1,0 +1,5 @@
+"""``python -m saap``."""
+
+from saap.cli import main
+
+main()

@@ -1,0 +1,87 @@
+"""What the command line prints: progress with rates, tables, one-line errors, one JSON document."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from saap.evaluate import Evaluation
+
+screen = Console(stderr=True)  # stdout is for results, so that --json can be piped
+USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, SafetensorError)  # OSError covers missing and existing files
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' own bars and notices off the screen; errors still come through."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def user_errors(debug: bool) -> Iterator[None]:
+    """Turn errors a user can mend into one line on stderr and exit code 2; ``debug`` shows the traceback."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        if debug:
+            raise
+        screen.print(Text.assemble(("error: ", "bold red"), str(error)))
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        screen.print("interrupted; nothing was written")
+        raise typer.Exit(130) from None
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        unit = task.fields.get("unit", "it")
+        return Text(f"{task.speed:.1f} {unit}/s" if task.speed else f"- {unit}/s")
+
+
+@contextmanager
+def progress(title: str, unit: str) -> Iterator[Any]:
+    """A progress bar with a rate; yields a function of (done, total)."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=screen, transient=True) as bar:
+        task = bar.add_task(title, total=None, unit=unit)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    json.dump(value, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left", no_wrap=not index)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+EVALUATION_HEADER = ["model", "ppl", "parameters", "MACs/token", "MiB", "KV B/token", "tokens/s"]
+
+
+def evaluation_row(name: str, result: Evaluation) -> list[str]:
+    """One line of the table whose header is ``EVALUATION_HEADER``."""
+    return [
+        name,
+        f"{result.perplexity:.2f}",
+        f"{result.parameters:,}",
+        f"{result.macs_per_token:,}",
+        f"{result.weight_bytes / 2**20:.1f}",
+        f"{result.kv_cache_bytes_per_token:,}",
+        f"{result.tokens_per_second:.0f}",
+    ]
