@@ -13,6 +13,7 @@ namespace saap {
 namespace {
 
 constexpr int64_t kBlock = 1024;            // columns summed in fp32 before the sum moves to fp64
+constexpr int64_t kRowBlock = 64;           // likewise for sums over rows
 constexpr int64_t kColumnBlock = 16;        // columns one pass over the rows accumulates in registers
 constexpr int64_t kSerialElements = 1 << 15;  // below this a thread team costs more than it saves
 
@@ -148,10 +149,16 @@ void salience_reduce_f32(const float* gradient, int64_t gradient_pitch, const fl
       const int64_t count = std::min(kColumnBlock, columns - first);
 #if defined(__x86_64__)
       if (wide && count == kColumnBlock) {
-        float out[3 * kColumnBlock];
-        column_sums_avx2(gradient + first, gradient_pitch, weight + first, weight_pitch, rows, out);
-        for (int64_t i = 0; i < kColumnBlock; ++i)
-          lines[first + i] = {out[i], out[kColumnBlock + i], out[2 * kColumnBlock + i]};
+        for (int64_t r = 0; r < rows; r += kRowBlock) {
+          float out[3 * kColumnBlock];
+          column_sums_avx2(gradient + r * gradient_pitch + first, gradient_pitch, weight + r * weight_pitch + first,
+                           weight_pitch, std::min(kRowBlock, rows - r), out);
+          for (int64_t i = 0; i < kColumnBlock; ++i) {
+            lines[first + i].abs += out[i];
+            lines[first + i].square += out[kColumnBlock + i];
+            lines[first + i].mixed += out[2 * kColumnBlock + i];
+          }
+        }
         continue;
       }
 #endif

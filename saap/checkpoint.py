@@ -78,6 +78,8 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype | str | None = None) -
             raise FileNotFoundError(f"expected a model directory with config.json, found none in {folder}")
         for file in sorted(folder.glob("*.safetensors")):
             _check_safetensors(file)
+    elif folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith("."):
+        raise FileNotFoundError(f"no such model directory: {path}")
     model = AutoModelForCausalLM.from_pretrained(str(path), **({} if dtype is None else {"dtype": dtype}))
     return model.eval()
 

@@ -34,10 +34,10 @@ def user_errors(debug: bool) -> Iterator[None]:
     except USER_ERRORS as error:
         if debug:
             raise
-        screen.print(Text.assemble(("error: ", "bold red"), str(error)))
+        screen.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        screen.print("interrupted; nothing was written")
+        screen.print("interrupted; no unfinished output was left behind")
         raise typer.Exit(130) from None
 
 
