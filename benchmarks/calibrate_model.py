@@ -104,7 +104,9 @@ def measure_variant(variant: str, quick: bool) -> dict[str, float]:
 
 
 def _warm_up_model() -> LlamaForCausalLM:
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
     return LlamaForCausalLM(config)
 
 

@@ -52,7 +52,9 @@ def calibrate(
         check_tokenizer(model, tokenizer)
     ids = pack(tokenizer, data, samples=samples, seq_len=seq_len, seed=seed)
     if int(ids.max()) >= model.config.vocab_size:
-        raise ValueError(f"expected token ids below the vocabulary size {model.config.vocab_size}, got {int(ids.max())}")
+        raise ValueError(
+            f"expected token ids below the vocabulary size {model.config.vocab_size}, got {int(ids.max())}"
+        )
     batch = max(1, AUTO_BATCH_TOKENS // seq_len) if batch_size == "auto" else int(batch_size)
     if checkpoint == "auto":
         checkpoint = activation_bytes(units, batch * seq_len, model.dtype) > 0.5 * available_bytes(model.device)
@@ -64,7 +66,12 @@ def calibrate(
                 progress(min(start + batch, len(ids)), len(ids))
     statistics = collector.statistics
     statistics.data = (data_fingerprint(ids),)
-    statistics.settings = {"samples": samples, "seq_len": seq_len, "seed": seed, "dtype": str(model.dtype).removeprefix("torch.")}
+    statistics.settings = {
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
     return statistics
 
 

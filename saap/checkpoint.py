@@ -11,7 +11,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-
 from saap.card import model_card
 from saap.compact import PLAN_ATTRIBUTE
 from saap.families import Family, family_of

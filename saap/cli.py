@@ -27,9 +27,13 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face model directory (dense or pruned) or a hub name.")]
 Data = Annotated[str | None, typer.Option(help=f"Calibration text. {FORMS}")]
-Ratio = Annotated[str | None, typer.Option(help="Share of the parameters to remove, in (0, 1); 0.1,0.2,0.3 is a sweep.")]
+Ratio = Annotated[
+    str | None, typer.Option(help="Share of the parameters to remove, in (0, 1); 0.1,0.2,0.3 is a sweep.")
+]
 Criterion = Annotated[str, typer.Option(help=f"How units are scored: {', '.join(CRITERIA)}.")]
-Method = Annotated[Literal["global", "uniform"], typer.Option(help="One ranking over all layers, or the same share in each.")]
+Method = Annotated[
+    Literal["global", "uniform"], typer.Option(help="One ranking over all layers, or the same share in each.")
+]
 RatioOf = Annotated[Literal["model", "blocks"], typer.Option(help="What the ratio is a share of.")]
 Multiple = Annotated[int, typer.Option(help="Kept MLP widths are multiples of this.")]
 Protect = Annotated[str, typer.Option(help="Layers left alone, such as 0,1,-1.")]
@@ -40,7 +44,9 @@ BatchSize = Annotated[str, typer.Option(help="Sequences per micro-batch, or auto
 Checkpoint = Annotated[Literal["auto", "on", "off"], typer.Option(help="Recompute activations to save memory.")]
 Backend = Annotated[str | None, typer.Option(help="Kernel backend; see saap doctor.")]
 Seed = Annotated[int, typer.Option(help="Order of the calibration documents.")]
-Dtype = Annotated[str | None, typer.Option(help="Load in this dtype (float32, bfloat16, float16) instead of the saved one.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Load in this dtype (float32, bfloat16, float16) instead of the saved one.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -81,13 +87,19 @@ def _calibration(
 @app.command()
 def prune(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Where the pruned model goes (with a sweep: one folder per ratio below it).")],
+    out: Annotated[
+        Path, typer.Option(help="Where the pruned model goes (with a sweep: one folder per ratio below it).")
+    ],
     data: Data = None,
     ratio: Ratio = None,
     plan: Annotated[Path | None, typer.Option(help="Apply this plan instead of making one.")] = None,
     statistics: Annotated[Path | None, typer.Option(help="Use saved statistics instead of calibrating.")] = None,
-    save_statistics: Annotated[Path | None, typer.Option(help="Keep the statistics for other ratios and criteria.")] = None,
-    eval_text: Annotated[str | None, typer.Option("--eval", help="Text to evaluate dense and pruned models on.")] = None,
+    save_statistics: Annotated[
+        Path | None, typer.Option(help="Keep the statistics for other ratios and criteria.")
+    ] = None,
+    eval_text: Annotated[
+        str | None, typer.Option("--eval", help="Text to evaluate dense and pruned models on.")
+    ] = None,
     criterion: Criterion = "saap",
     method: Method = "global",
     ratio_of: RatioOf = "model",
@@ -100,7 +112,9 @@ def prune(
     checkpoint: Checkpoint = "auto",
     backend: Backend = None,
     seed: Seed = 0,
-    layout: Annotated[Literal["auto", "stock", "template"], typer.Option(help="How the checkpoint is written.")] = "auto",
+    layout: Annotated[
+        Literal["auto", "stock", "template"], typer.Option(help="How the checkpoint is written.")
+    ] = "auto",
     dtype: Dtype = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show sizes and memory, do nothing.")] = False,
     force: Force = False,
@@ -201,7 +215,11 @@ def plan(
 
 def _print_plan(plan: Plan) -> None:
     rows = [
-        [str(index), f"{len(layer.kv_heads)} of {sizes.kv_heads}", f"{len(layer.channels)} of {sizes.intermediate_size}"]
+        [
+            str(index),
+            f"{len(layer.kv_heads)} of {sizes.kv_heads}",
+            f"{len(layer.channels)} of {sizes.intermediate_size}",
+        ]
         for index, (layer, sizes) in enumerate(zip(plan.layers, plan.units.layers, strict=True))
     ]
     title = f"removes {plan.ratio:.2%} of all parameters, {plan.block_ratio:.2%} of the blocks'"
@@ -233,8 +251,8 @@ def evaluate_command(
         if as_json:
             console.print_json(result.to_dict())
             return
-        rows = [] if result.against is None else [console.evaluation_row(against or "", result.against)]
-        rows.append(console.evaluation_row(model, result))
+        rows = [] if result.against is None else [console.evaluation_row(Path(against or "").name, result.against)]
+        rows.append(console.evaluation_row(Path(model).name, result))
         console.print_table(f"windows of {result.seq_len} tokens", console.EVALUATION_HEADER, rows)
 
 

@@ -218,7 +218,9 @@ class Collector:
         for (index, name), record in backward_order:
             missing = set(record.matrices) - record.seen
             if missing:
-                raise RuntimeError(f"layer {index}: no gradient reached {', '.join(sorted(missing))}; was backward run?")
+                raise RuntimeError(
+                    f"layer {index}: no gradient reached {', '.join(sorted(missing))}; was backward run?"
+                )
             if not torch.isfinite(record.vector).all() or not torch.isfinite(record.element).all():
                 parts = [p for p in reversed(record.matrices) if not _finite(record, p)]
                 raise ValueError(f"expected finite gradients, found NaN or inf in layer {index}, {name} ({parts[0]})")

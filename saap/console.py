@@ -17,7 +17,13 @@ from transformers.utils import logging
 from saap.evaluate import Evaluation
 
 screen = Console(stderr=True)  # stdout is for results, so that --json can be piped
-USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, SafetensorError)  # OSError covers missing and existing files
+USER_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+)  # OSError covers missing and existing files
 
 
 def quiet_libraries() -> None:
@@ -65,7 +71,7 @@ def print_json(value: Any) -> None:
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     table = Table(title=title)
     for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left", no_wrap=not index)
+        table.add_column(name, justify="right" if index else "left", no_wrap=bool(index), overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -108,9 +108,7 @@ def encode(tokenizer: PreTrainedTokenizerBase | None, document: Document) -> Ten
     return torch.tensor(ids, dtype=torch.long)
 
 
-def pack(
-    tokenizer: PreTrainedTokenizerBase | None, data: Any, *, samples: int, seq_len: int, seed: int = 0
-) -> Tensor:
+def pack(tokenizer: PreTrainedTokenizerBase | None, data: Any, *, samples: int, seq_len: int, seed: int = 0) -> Tensor:
     """Documents in an order drawn from ``seed``, joined and cut into (samples, seq_len) int64 token ids.
 
     Documents are tokenised until there are enough tokens; the tail is dropped. A tensor of token

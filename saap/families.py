@@ -53,7 +53,9 @@ _FAMILIES: dict[str, Family] = {}
 def register_family(family: Family) -> None:
     """Make a family known to ``discover``; its name is the config's ``model_type``."""
     if family.name.startswith(PRUNED_PREFIX):
-        raise ValueError(f"family names must not start with {PRUNED_PREFIX!r} (kept for pruned checkpoints); got {family.name!r}")
+        raise ValueError(
+            f"family names must not start with {PRUNED_PREFIX!r} (kept for pruned checkpoints); got {family.name!r}"
+        )
     _FAMILIES[family.name] = family
 
 

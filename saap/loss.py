@@ -47,7 +47,9 @@ def backward_sequence_losses(
         with torch.no_grad():
             logits = head(rows[chunk]).requires_grad_()
         with torch.enable_grad():
-            loss = F.cross_entropy(final_logits(model, logits), targets.flatten()[chunk], reduction="none", ignore_index=-100)
+            loss = F.cross_entropy(
+                final_logits(model, logits), targets.flatten()[chunk], reduction="none", ignore_index=-100
+            )
             loss = loss * weight[chunk].to(loss.dtype)
             (d_logits,) = torch.autograd.grad(loss.sum() * loss_scale, logits)
         # by hand, so that autograd does not save the head's weight

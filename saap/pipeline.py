@@ -193,6 +193,8 @@ def report_dry_run(preview: dict[str, Any], as_json: bool) -> None:
         console.print_json(preview)
         return
     for name, value in preview.items():
-        shown = f"{value / 2**20:,.1f} MiB" if name.endswith("bytes") else f"{value:,}" if isinstance(value, int) else value
+        shown = (
+            f"{value / 2**20:,.1f} MiB" if name.endswith("bytes") else f"{value:,}" if isinstance(value, int) else value
+        )
         print(f"{name.replace('_', ' ')}: {shown}")
     print(f"nothing was done; {torch.get_num_threads()} threads would work")

@@ -56,7 +56,13 @@ def prune(
     ratio cannot be reached or the statistics belong to another model.
     """
     units = discover(model)
-    options = {"ratio_of": ratio_of, "multiple": multiple, "protect": tuple(protect), "uniform": uniform, "method": method}
+    options = {
+        "ratio_of": ratio_of,
+        "multiple": multiple,
+        "protect": tuple(protect),
+        "uniform": uniform,
+        "method": method,
+    }
     check_ratio(units, ratio, **options)
     if statistics is None:
         statistics = calibrate(

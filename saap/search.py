@@ -166,7 +166,9 @@ def _target(units: Units, ratio: float | None, budget: int | None, ratio_of: str
         raise ValueError(f"give exactly one of ratio and budget; got ratio={ratio!r}, budget={budget!r}")
     if budget is not None:
         if not 0 < budget < units.total_parameters:
-            raise ValueError(f"budget must lie between 0 and the model's {units.total_parameters} parameters; got {budget}")
+            raise ValueError(
+                f"budget must lie between 0 and the model's {units.total_parameters} parameters; got {budget}"
+            )
         return units.total_parameters - budget
     assert ratio is not None
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < 1:

@@ -124,7 +124,10 @@ class Statistics:
         for part in (self, other):
             for name, module in merged.modules.items():
                 if part is self:
-                    module.weight_l1, module.weight_square = part.modules[name].weight_l1, part.modules[name].weight_square
+                    module.weight_l1, module.weight_square = (
+                        part.modules[name].weight_l1,
+                        part.modules[name].weight_square,
+                    )
                 module.merge_(part.modules[name], merged.tokens, part.tokens)
             merged.tokens += part.tokens
         merged.data = tuple(sorted(self.data + other.data))

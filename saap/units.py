@@ -176,7 +176,9 @@ def fingerprint(model: PreTrainedModel, family: Family) -> str:
 
 
 @contextmanager
-def unit_masks(model: PreTrainedModel, units: Units, dtype: torch.dtype | None = None) -> Iterator[dict[str, list[Tensor]]]:
+def unit_masks(
+    model: PreTrainedModel, units: Units, dtype: torch.dtype | None = None
+) -> Iterator[dict[str, list[Tensor]]]:
     """Multiply every unit's output by a mask of ones while the context is open.
 
     Yields {"attention": [(kv_heads,) per layer], "mlp": [(intermediate_size,) per layer]} leaf
@@ -190,7 +192,9 @@ def unit_masks(model: PreTrainedModel, units: Units, dtype: torch.dtype | None =
         linears = linears_of(layer, family)
         for module, part in (("attention", "o"), ("mlp", "down")):
             weight = linears[part].weight
-            mask = torch.ones(sizes.count(module), dtype=dtype or weight.dtype, device=weight.device, requires_grad=True)
+            mask = torch.ones(
+                sizes.count(module), dtype=dtype or weight.dtype, device=weight.device, requires_grad=True
+            )
             masks[module].append(mask)
             handles.append(linears[part].register_forward_pre_hook(_multiplier(mask)))
     try:

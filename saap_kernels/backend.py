@@ -55,7 +55,9 @@ def use_native_cpu(op: str, *tensors: Tensor) -> bool:
     fits = all(str(t.device) == "cpu" and t.dtype.itemsize == 4 for t in tensors)
     asked = requested()
     if asked == "cpu" and not fits:
-        raise ValueError(f"{op}: backend cpu takes fp32 tensors on the CPU, got {tensors[0].dtype} on {tensors[0].device}")
+        raise ValueError(
+            f"{op}: backend cpu takes fp32 tensors on the CPU, got {tensors[0].dtype} on {tensors[0].device}"
+        )
     if asked is None:
         return fits and _ext.native() is not None
     return asked == "cpu"
@@ -66,7 +68,9 @@ def use_native_cuda(op: str, *tensors: Tensor) -> bool:
     fits = all(t.is_cuda and t.dtype.itemsize <= 4 for t in tensors)
     asked = requested()
     if asked == "cuda" and not fits:
-        raise ValueError(f"{op}: backend cuda takes fp16, bf16 or fp32 CUDA tensors, got {tensors[0].dtype} on {tensors[0].device}")
+        raise ValueError(
+            f"{op}: backend cuda takes fp16, bf16 or fp32 CUDA tensors, got {tensors[0].dtype} on {tensors[0].device}"
+        )
     if asked is None:
         return fits and _ext.cuda_status()[0]
     return asked == "cuda"

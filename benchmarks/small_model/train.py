@@ -137,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--batch", type=int, default=8)
     args = parser.parse_args()
 
@@ -147,12 +147,15 @@ def main() -> None:
     for split in ("calibration", "selection", "report"):
         write_jsonl(args.out / f"{split}.jsonl", splits[split])
     tokenizer = train_tokenizer(list(splits["train"].values()))
-    encoded = {name: torch.cat([torch.tensor(tokenizer(t).input_ids) for t in docs.values()])
-               for name, docs in splits.items()}
+    encoded = {
+        name: torch.cat([torch.tensor(tokenizer(t).input_ids) for t in docs.values()]) for name, docs in splits.items()
+    }
     print({name: (len(splits[name]), len(ids)) for name, ids in encoded.items()}, flush=True)
     model = build_model(len(tokenizer))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    train(model, encoded["train"], encoded["selection"], args.steps, args.batch, lambda: save(model, tokenizer, args.out))
+    train(
+        model, encoded["train"], encoded["selection"], args.steps, args.batch, lambda: save(model, tokenizer, args.out)
+    )
     report = perplexity(model, encoded["report"])
     print(f"report perplexity {report:.3f} (windows of {SEQ_LEN} tokens)")
 

@@ -61,7 +61,10 @@ def test_other_ops_check_too() -> None:
 
 
 def test_backends_are_named_or_refused_with_the_reason(monkeypatch) -> None:
-    with pytest.raises(ValueError, match="backend: expected one of reference, cpu, cuda, got 'triton'"), K.use_backend("triton"):
+    with (
+        pytest.raises(ValueError, match="backend: expected one of reference, cpu, cuda, got 'triton'"),
+        K.use_backend("triton"),
+    ):
         pass
     monkeypatch.setenv("SAAP_BACKEND", "fast")
     with pytest.raises(ValueError, match="SAAP_BACKEND: expected one of"):

@@ -7,7 +7,15 @@ import saap_kernels as K
 from saap_kernels import _ext
 from tests.kernels import oracles
 
-SHAPES = [(12, 8, 16, 4), (17, 6, 9, 3), (5, 1, 1, 1), (33, 96, 31, 1), (64, 40, 1, 8), (24, 1, 48, 1), (300, 520, 520, 4)]
+SHAPES = [
+    (12, 8, 16, 4),
+    (17, 6, 9, 3),
+    (5, 1, 1, 1),
+    (33, 96, 31, 1),
+    (64, 40, 1, 8),
+    (24, 1, 48, 1),
+    (300, 520, 520, 4),
+]
 
 
 def problem(tokens: int, rows: int, columns: int, dtype=torch.float64, seed: int = 0):
@@ -163,7 +171,9 @@ def test_ops_pass_opcheck_and_compile_without_graph_breaks() -> None:
     torch.library.opcheck(torch.ops.saap.coupled_salience.default, (*arguments[:7], ["first"], 1.0))
     torch.library.opcheck(torch.ops.saap.activation_salience.default, (x, x, spans, 3))
     torch.library.opcheck(torch.ops.saap.activation_statistics.default, (x, spans, None, ["sum"]))
-    compiled = torch.compile(lambda a, b: torch.ops.saap.weight_salience(a, b, *arguments[2:]) * 2, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda a, b: torch.ops.saap.weight_salience(a, b, *arguments[2:]) * 2, fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled(x, dy), torch.ops.saap.weight_salience(*arguments) * 2)
 
 

@@ -173,7 +173,9 @@ def test_weight_norms_cover_biases() -> None:
 def test_no_weight_sized_tensor_is_saved_and_no_gradient_is_left(checkpointing: bool) -> None:
     model, ids = tiny_model("llama"), token_ids(1, 4)
     shapes: list[torch.Size] = []
-    weights = {p.shape for p in model.parameters() if p.ndim == 2} | {p.shape[::-1] for p in model.parameters() if p.ndim == 2}
+    weights = {p.shape for p in model.parameters() if p.ndim == 2} | {
+        p.shape[::-1] for p in model.parameters() if p.ndim == 2
+    }
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         shapes.append(tensor.shape)

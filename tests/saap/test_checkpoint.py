@@ -29,7 +29,8 @@ def make_plan(model, shape: str = "non-uniform") -> Plan:
     rows = NON_UNIFORM if shape == "non-uniform" else UNIFORM
     group = units.layers[0].kv_heads // 4  # OPT has 8 KV heads: keep them in pairs
     layers = [
-        LayerPlan(tuple(h * group + i for h in heads for i in range(group)), tuple(channels)) for heads, channels in rows
+        LayerPlan(tuple(h * group + i for h in heads for i in range(group)), tuple(channels))
+        for heads, channels in rows
     ]
     return Plan(units, tuple(layers), {"made": "by hand"})
 
@@ -333,7 +334,10 @@ def test_truncated_weights_and_missing_files_are_named(tmp_path) -> None:
 def test_layers_hold_exactly_the_kept_rows() -> None:
     model = tiny_model("opt")
     plan = make_plan(model)
-    before = [layer.fc1.bias.clone() for layer in layers_of(model, __import__("saap.families", fromlist=["x"]).family_of(model))]
+    before = [
+        layer.fc1.bias.clone()
+        for layer in layers_of(model, __import__("saap.families", fromlist=["x"]).family_of(model))
+    ]
     compact(model, plan)
     for index, layer in enumerate(model.model.decoder.layers):
         assert torch.equal(layer.fc1.bias, before[index][list(plan.layers[index].channels)])

@@ -24,7 +24,11 @@ def permuted(model, heads: torch.Tensor, channels: torch.Tensor):
     d, group = layer.self_attn.head_dim, 2
     kv_rows = (heads[:, None] * d + torch.arange(d)).flatten()
     q_rows = (heads[:, None] * d * group + torch.arange(d * group)).flatten()
-    for linear, rows in ((layer.self_attn.q_proj, q_rows), (layer.self_attn.k_proj, kv_rows), (layer.self_attn.v_proj, kv_rows)):
+    for linear, rows in (
+        (layer.self_attn.q_proj, q_rows),
+        (layer.self_attn.k_proj, kv_rows),
+        (layer.self_attn.v_proj, kv_rows),
+    ):
         linear.weight.copy_(linear.weight[rows].clone())
         if linear.bias is not None:
             linear.bias.copy_(linear.bias[rows].clone())
@@ -56,7 +60,9 @@ def test_permuting_units_permutes_scores_and_leaves_logits(family: str) -> None:
 def test_rescaling_coupled_weights_leaves_gradient_criteria_and_changes_magnitude(which: str) -> None:
     ids, plain, scaled = token_ids(), tiny_model("llama"), tiny_model("llama")
     layer, c = scaled.model.layers[0], 3.0
-    first, last = (layer.mlp.up_proj, layer.mlp.down_proj) if which == "mlp" else (layer.self_attn.v_proj, layer.self_attn.o_proj)
+    first, last = (
+        (layer.mlp.up_proj, layer.mlp.down_proj) if which == "mlp" else (layer.self_attn.v_proj, layer.self_attn.o_proj)
+    )
     with torch.no_grad():
         first.weight.mul_(c)
         if first.bias is not None:
@@ -87,7 +93,9 @@ def test_a_planted_dead_unit_scores_zero_goes_first_and_changes_nothing() -> Non
         scores = score(statistics, name)
         assert scores.layer(1, "mlp")[5] == 0
         plan = search(scores, budget=scores.units.total_parameters - 1, multiple=1)
-        assert 5 not in plan.layers[1].channels and plan.removed_parameters == scores.units.layers[1].unit_parameters("mlp")
+        assert 5 not in plan.layers[1].channels and plan.removed_parameters == scores.units.layers[1].unit_parameters(
+            "mlp"
+        )
     torch.testing.assert_close(compact(model, plan)(ids).logits, logits, rtol=1e-12, atol=1e-12)
 
 
@@ -116,7 +124,10 @@ def test_aggregations_combine_the_coupled_matrices(aggregation: str) -> None:
 
 def test_own_callables_work_and_are_checked() -> None:
     statistics = measure(tiny_model("llama"), [token_ids()])
-    own = score(statistics, lambda s: Scores(s.units, *(s.modules[m].input_m2.new_ones(s.units.count(m)) for m in ("attention", "mlp"))))
+    own = score(
+        statistics,
+        lambda s: Scores(s.units, *(s.modules[m].input_m2.new_ones(s.units.count(m)) for m in ("attention", "mlp"))),
+    )
     assert search(own, 0.1, multiple=1).removed_parameters > 0
     with pytest.raises(ValueError, match="expected the criterion to return Scores, got Tensor"):
         score(statistics, lambda s: torch.ones(3))

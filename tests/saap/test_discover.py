@@ -3,7 +3,15 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from saap.families import Family, known_families, layers_of, linears_of, register_family
 from saap.refuse import refuse_nonfinite_weights
@@ -109,7 +117,9 @@ def test_quantised_multimodal_headless_and_foreign_models_are_refused() -> None:
         discover(AutoModel.from_config(tiny_model("llama").config))
     with pytest.raises(ValueError, match="expected a transformers PreTrainedModel, got Linear"):
         discover(nn.Linear(2, 2))
-    bert = BertForMaskedLM(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=8))
+    bert = BertForMaskedLM(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=8)
+    )
     with pytest.raises(ValueError, match="unknown model family 'bert'"):
         discover(bert)
 

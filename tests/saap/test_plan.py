@@ -61,7 +61,11 @@ def test_bad_edits_name_the_layer(field: str, value: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not valid JSON"), ("{}", "lacks or misshapes the field 'format'"), ('{"format": 9}', "expected plan format 1, got 9")],
+    [
+        ("{", "not valid JSON"),
+        ("{}", "lacks or misshapes the field 'format'"),
+        ('{"format": 9}', "expected plan format 1, got 9"),
+    ],
 )
 def test_other_files_are_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -64,7 +64,11 @@ def test_global_search_over_both_modules_is_within_one_candidate_of_the_optimum(
         total = float((scores.mlp.view(2, 4) * mlp).sum() + (scores.attention.view(2, 2) * heads).sum())
         best = min(best, total)
     # the classical bound of the density order: the last candidate taken is the only waste
-    assert best - 1e-12 <= removed_score(scores, plan) <= best + max(float(scores.attention.max()), float(scores.mlp.max()))
+    assert (
+        best - 1e-12
+        <= removed_score(scores, plan)
+        <= best + max(float(scores.attention.max()), float(scores.mlp.max()))
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -77,7 +81,9 @@ def test_uniform_sizes_by_importance_match_exhaustive_search(seed: int) -> None:
     attention = scores.attention.view(3, 4).sort(1).values.cumsum(1)
     mlp = scores.mlp.view(3, 8).sort(1).values.cumsum(1)
     for heads, steps in itertools.product(range(4), range(4)):
-        cost = 3 * (heads * units.layers[0].unit_parameters("attention") + 2 * steps * units.layers[0].unit_parameters("mlp"))
+        cost = 3 * (
+            heads * units.layers[0].unit_parameters("attention") + 2 * steps * units.layers[0].unit_parameters("mlp")
+        )
         if cost >= 0.4 * units.block_parameters:
             total = (attention[:, heads - 1].sum() if heads else 0.0) + (mlp[:, 2 * steps - 1].sum() if steps else 0.0)
             best = min(best, float(total))

@@ -61,7 +61,7 @@ def test_merging_the_same_data_twice_is_refused() -> None:
         ({"seq_len": 1}, "seq_len must lie between 2 and the model's 64 positions; got 1"),
         ({"seq_len": 65}, "seq_len must lie between 2 and the model's 64 positions; got 65"),
         ({"batch_size": 0}, 'batch_size must be "auto" or a positive integer; got 0'),
-        ({"checkpoint": "yes"}, 'checkpoint must be True, False or "auto"; got \'yes\''),
+        ({"checkpoint": "yes"}, "checkpoint must be True, False or \"auto\"; got 'yes'"),
     ],
 )
 def test_bad_sizes_are_named_before_any_work(options: dict, message: str) -> None:

@@ -1,10 +1,17 @@
 """Tiny random models and a tokenizer for tests: odd sizes, non-zero biases, grouped-query attention."""
 
 import torch
-from transformers import LlamaConfig, MistralConfig, OPTConfig, PreTrainedModel, Qwen2Config, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTConfig, PreTrainedModel, Qwen2Config
+
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides) -> PreTrainedModel:
-    common = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8, "max_position_embeddings": 64}
+    common = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 64,
+    }
     if family == "opt":
         config = OPTConfig(**common | {"ffn_dim": 97, "word_embed_proj_dim": 64, "dropout": 0.0} | overrides)
     else:
