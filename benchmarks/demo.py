@@ -9,27 +9,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import saap
 from benchmarks.common import SMALL_MODEL
+from saap.console import EVALUATION_HEADER, evaluation_row, print_table, progress, quiet_libraries
 
 CRITERIA = ("saap", "element", "vector", "mask_gradient", "magnitude", "random")
-
-
-def calibrate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, console: Console) -> saap.Statistics:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("calibrating, sequences", total=None)
-        return saap.calibrate(
-            model,
-            tokenizer,
-            SMALL_MODEL / "calibration.jsonl",
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
 
 
 def reload_equals(model: PreTrainedModel, path: Path) -> bool:
@@ -45,8 +31,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.2, help="share of all parameters to remove (default 0.2)")
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="where the pruned model goes")
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_libraries()
     console = Console()
     start = time.time()
 
@@ -54,11 +39,9 @@ def main() -> None:
     dense = AutoModelForCausalLM.from_pretrained(SMALL_MODEL)
     text = SMALL_MODEL / "report.jsonl"
     console.print(f"[bold]SAAP {saap.__version__}[/]: removing {args.ratio:.0%} of {SMALL_MODEL.name}'s parameters")
-    statistics = calibrate(dense, tokenizer, console)
+    with progress("calibrating", "sequences") as bar:
+        statistics = saap.calibrate(dense, tokenizer, SMALL_MODEL / "calibration.jsonl", progress=bar)
 
-    table = Table(title=f"{args.ratio:.0%} removed, one calibration, held-out text")
-    for name in ("model", "perplexity", "parameters", "weights, MiB", "KV cache, B/token", "tokens/s"):
-        table.add_column(name, justify="left" if name == "model" else "right")
     rows: list[tuple[str, saap.Evaluation]] = []
     with console.status("evaluating") as status:
         for criterion in CRITERIA:
@@ -72,17 +55,12 @@ def main() -> None:
             if not rows:
                 assert result.against is not None
                 rows.append(("dense", result.against))
-            rows.append((f"pruned by {criterion}", result))
-    for name, result in rows:
-        table.add_row(
-            name,
-            f"{result.perplexity:.2f}",
-            f"{result.parameters:,}",
-            f"{result.weight_bytes / 2**20:.1f}",
-            f"{result.kv_cache_bytes_per_token:,}",
-            f"{result.tokens_per_second:.0f}",
-        )
-    console.print(table)
+            rows.append((criterion, result))
+    print_table(
+        f"{args.ratio:.0%} removed, one calibration, held-out text",
+        EVALUATION_HEADER,
+        [evaluation_row(name, result) for name, result in rows],
+    )
     console.print(f"dense :  {rows[0][1].sample!r}")
     console.print(f"pruned:  {rows[1][1].sample!r}")
     console.print(f"saved to {args.out}; reloaded with bitwise equal logits: {equal}; {time.time() - start:.0f} s")

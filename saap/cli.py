@@ -77,10 +77,10 @@ def _batch(text: str) -> int | str:
 def _calibration(
     samples: int, seq_len: int, batch_size: str, checkpoint: str, backend: str | None, seed: int
 ) -> dict[str, Any]:
-    recompute: bool | str = {"auto": "auto", "on": True, "off": False}[checkpoint]
+    choices: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
     return {
         "samples": samples, "seq_len": seq_len, "batch_size": _batch(batch_size),
-        "checkpoint": recompute, "backend": backend, "seed": seed,
+        "checkpoint": choices[checkpoint], "backend": backend, "seed": seed,
     }  # fmt: skip
 
 
@@ -128,11 +128,12 @@ def prune(
     console.quiet_libraries()
     with console.user_errors(debug):
         options = {
-            "ratio_of": ratio_of, "method": method, "multiple": multiple, "protect": _indices(protect), "uniform": uniform,
+            "ratio_of": ratio_of, "method": method, "multiple": multiple,
+            "protect": _indices(protect), "uniform": uniform,
         }  # fmt: skip
         job = pipeline.Job(
-            out, pipeline.parse_ratios(ratio, plan), data, plan, statistics, save_statistics, eval_text, criterion, options,
-            _calibration(samples, seq_len, batch_size, checkpoint, backend, seed), layout, force,
+            out, pipeline.parse_ratios(ratio, plan), data, plan, statistics, save_statistics, eval_text, criterion,
+            options, _calibration(samples, seq_len, batch_size, checkpoint, backend, seed), layout, force,
         )  # fmt: skip
         job.check_files()
         with console.screen.status("loading the model"):

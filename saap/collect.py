@@ -188,6 +188,7 @@ class Collector:
                 )
                 self._add_inputs(index, module, shift, inputs.double().cpu())
             else:
+                assert y is not None  # kept for every part whose rows belong to units
                 vector = saap_kernels.activation_salience(y, dy, spans, unit_size=size)
         self._records[index, module].put(part, vector.double().cpu() * self.scale, element.double().cpu())
 

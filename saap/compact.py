@@ -4,7 +4,7 @@ import copy as copying
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from saap.families import Family, family_of, layers_of, linears_of
 from saap.layout import adopt, describe_as_stock, describe_as_template, is_template
@@ -37,7 +37,7 @@ def compact(model: PreTrainedModel, plan: Plan, *, copy: bool = False) -> PreTra
     return model
 
 
-def _describe(model: PreTrainedModel, family: Family, layers: tuple[LayerUnits, ...]):
+def _describe(model: PreTrainedModel, family: Family, layers: tuple[LayerUnits, ...]) -> PreTrainedConfig:
     if len(set(layers)) == 1 and not is_template(model):
         try:
             return describe_as_stock(model.config, family, layers[0])

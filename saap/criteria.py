@@ -89,25 +89,25 @@ def saap(
         "aggregation": aggregation,
         "fusion": fusion,
     }
-    return Scores(stats.units, *fused, settings)
+    return _scores(stats, fused, settings)
 
 
 def vector(stats: Statistics, *, order: str = "first", aggregation: str = "sum") -> Scores:
     """Vector-wise Taylor importance: |a|, a^2 or |a - a^2/2| of the signed sum a per sequence (section 2a)."""
     settings = {"criterion": "vector", "order": order, "aggregation": aggregation}
-    return Scores(stats.units, *_importance(stats, "vector", order, aggregation), settings)
+    return _scores(stats, _importance(stats, "vector", order, aggregation), settings)
 
 
 def element(stats: Statistics, *, order: str = "first", aggregation: str = "sum") -> Scores:
     """Element-wise Taylor importance: the sum over weights of |s|, s^2 or |s - s^2/2| (section 2a)."""
     settings = {"criterion": "element", "order": order, "aggregation": aggregation}
-    return Scores(stats.units, *_importance(stats, "element", order, aggregation), settings)
+    return _scores(stats, _importance(stats, "element", order, aggregation), settings)
 
 
 def mask_gradient(stats: Statistics, *, order: str = "second") -> Scores:
     """Gradient of the unit's mask: squared ("second", its Fisher information), absolute ("first") or "mixed"."""
     settings = {"criterion": "mask_gradient", "order": order}
-    return Scores(stats.units, *_importance(stats, "vector", order, "last"), settings)
+    return _scores(stats, _importance(stats, "vector", order, "last"), settings)
 
 
 def magnitude(stats: Statistics, *, norm: str = "l2") -> Scores:
@@ -118,7 +118,7 @@ def magnitude(stats: Statistics, *, norm: str = "l2") -> Scores:
         values = [module.weight_l1.sum(0) for module in modules]
     else:
         values = [module.weight_square.sum(0).sqrt() for module in modules]
-    return Scores(stats.units, *values, {"criterion": "magnitude", "norm": norm})
+    return _scores(stats, values, {"criterion": "magnitude", "norm": norm})
 
 
 def random(stats: Statistics, *, seed: int = 0) -> Scores:
@@ -135,7 +135,7 @@ def random(stats: Statistics, *, seed: int = 0) -> Scores:
             dtype=torch.float64,
         )
         values.append(torch.rand(len(cost), generator=generator, dtype=torch.float64) * cost)
-    return Scores(stats.units, *values, {"criterion": "random", "seed": seed})
+    return _scores(stats, values, {"criterion": "random", "seed": seed})
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -146,6 +146,11 @@ CRITERIA: dict[str, Criterion] = {
     "magnitude": magnitude,
     "random": random,
 }
+
+
+def _scores(stats: Statistics, values: list[Tensor], settings: dict[str, Any]) -> Scores:
+    attention, mlp = values
+    return Scores(stats.units, attention, mlp, settings)
 
 
 def _importance(stats: Statistics, kind: str, order: str, aggregation: str) -> list[Tensor]:

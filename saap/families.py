@@ -86,7 +86,7 @@ def family_of(model: PreTrainedModel, name: str | None = None) -> Family:
 
     Raises ValueError naming the known families when the model's is not among them.
     """
-    wanted = name or getattr(model.config, "model_type", type(model).__name__)
+    wanted = str(name or getattr(model.config, "model_type", type(model).__name__))
     wanted = wanted.removeprefix(PRUNED_PREFIX)
     if wanted not in _FAMILIES:
         raise ValueError(

@@ -137,16 +137,16 @@ class Job:
         plans = self._plans(model, tokenizer)
         results = []
         dense: PreTrainedModel | Evaluation | None = model if self.eval_text is not None else None
-        for ratio, target in self.targets().items():
-            last = ratio == list(self.targets())[-1] and dense is None
-            pruned = compact(model, plans[ratio], copy=not last)
+        for key, target in self.targets().items():
+            last = key == list(self.targets())[-1] and dense is None
+            pruned = compact(model, plans[key], copy=not last)
             evaluation = None
             if self.eval_text is not None:
                 with console.progress(f"evaluating {target.name}", "windows") as bar:
                     evaluation = evaluate(pruned, tokenizer, self.eval_text, against=dense, progress=bar)
                 dense = evaluation.against
             save(pruned, target, tokenizer=tokenizer, layout=self.layout, force=self.force)
-            results.append(Result(target, plans[ratio], evaluation))
+            results.append(Result(target, plans[key], evaluation))
         return results
 
     def _plans(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[float | None, Plan]:
@@ -170,11 +170,11 @@ class Job:
 def report(results: list[Result], as_json: bool) -> None:
     """Print what was made, as a table or as JSON."""
     if as_json:
-        rows = [
+        outputs = [
             {"out": str(r.out), **describe_plan(r.plan), "evaluation": r.evaluation and r.evaluation.to_dict()}
             for r in results
         ]
-        console.print_json({"outputs": rows})
+        console.print_json({"outputs": outputs})
         return
     evaluated = [r for r in results if r.evaluation is not None]
     if evaluated:

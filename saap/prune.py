@@ -56,7 +56,7 @@ def prune(
     ratio cannot be reached or the statistics belong to another model.
     """
     units = discover(model)
-    options = {
+    options: dict[str, Any] = {
         "ratio_of": ratio_of,
         "multiple": multiple,
         "protect": tuple(protect),

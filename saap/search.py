@@ -210,5 +210,5 @@ def _check_options(method: str, multiple: int, ratio_of: str, modules: Iterable[
 
 def check_ratio(units: Units, ratio: float, **options: Any) -> None:
     """Raise the ValueError that ``search`` would raise for these options, without any scores."""
-    zeros = [torch.zeros(units.count(module), dtype=torch.float64) for module in MODULES]
-    search(Scores(units, *zeros), ratio, **options)
+    attention, mlp = (torch.zeros(units.count(module), dtype=torch.float64) for module in MODULES)
+    search(Scores(units, attention, mlp), ratio, **options)

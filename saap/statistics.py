@@ -115,7 +115,8 @@ class Statistics:
         """
         if other.units.fingerprint != self.units.fingerprint:
             raise ValueError(
-                f"expected statistics of one model, got fingerprints {self.units.fingerprint} and {other.units.fingerprint}"
+                f"expected statistics of one model, got fingerprints {self.units.fingerprint} "
+                f"and {other.units.fingerprint}"
             )
         shared = set(self.data) & set(other.data)
         if shared:
@@ -183,9 +184,8 @@ class Statistics:
                     for key, tensor in module.tensors().items():
                         stored = file.get_tensor(f"{name}.{key}")
                         if stored.shape != tensor.shape:
-                            raise ValueError(
-                                f"{path}: expected {name}.{key} of shape {tuple(tensor.shape)}, got {tuple(stored.shape)}"
-                            )
+                            shapes = f"expected {name}.{key} of shape {tuple(tensor.shape)}, got {tuple(stored.shape)}"
+                            raise ValueError(f"{path}: {shapes}")
                         owner, _, attribute = key.rpartition(".")
                         setattr(module.salience if owner else module, attribute, stored)
                     module.salience.count = metadata["sequences"]

@@ -6,7 +6,7 @@ q, k and v, columns of o. An MLP unit is one channel: a row of gate and up, a co
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -93,7 +93,7 @@ class Units:
         if not 0 <= unit < sizes.count(module):
             raise ValueError(f"layer {layer} has {module} units 0 to {sizes.count(module) - 1}; got {unit}")
         if module == "attention":
-            parts = ("q", "k", "v", "o")
+            parts: tuple[str, ...] = ("q", "k", "v", "o")
         else:
             parts = ("gate", "up", "down") if sizes.gated else ("up", "down")
         owned = {}
@@ -204,7 +204,7 @@ def unit_masks(
             handle.remove()
 
 
-def _multiplier(mask: Tensor):
+def _multiplier(mask: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0]
         units = x.unflatten(-1, (len(mask), -1))  # [..., U, width per unit]

@@ -9,7 +9,7 @@ def _load() -> tuple[ModuleType | None, str]:
     import torch  # noqa: F401  loads torch's OpenMP runtime first, so that the compiled module shares its threads
 
     try:
-        from saap_kernels import _C
+        from saap_kernels import _C  # type: ignore[attr-defined]  # the compiled module has no stubs
     except ImportError as error:
         return None, f"the compiled module is not there ({error}); install with a C++ compiler: pip install ."
     return _C, "ok"

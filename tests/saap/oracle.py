@@ -20,14 +20,13 @@ def sequence_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def salience_per_sequence(model: PreTrainedModel, units: Units, sequences: list[Tensor]) -> dict:
-    """{(layer, module): (S, U, {part: entries})} is too loose; this returns per (layer, module, part)
+    """{(layer, module, part): {"signed", "first", "second", "mixed": (S, U)}}, float64.
 
-    a dict with "signed" (S, U) and "first", "second", "mixed" (S, U): sums over the unit's weights
-    and biases of s, |s|, s^2 and |s - s^2 / 2| with s = w * dloss_n / dw.
+    Sums over each unit's weights and biases of s, |s|, s^2 and |s - s^2 / 2|, s = w * dloss_n / dw.
     """
     family = family_of(model, units.family)
     results: dict = {}
-    for layer_index, layer in enumerate(layers_of(model, family)):
+    for layer in layers_of(model, family):
         for linear in linears_of(layer, family).values():
             linear.weight.requires_grad_(True)
     for ids in sequences:
