@@ -17,7 +17,8 @@ from saap.statistics import Statistics
 from saap.units import discover
 
 Progress = Callable[[int, int], None]
-AUTO_BATCH_TOKENS = 4096  # large enough for full-speed products, small enough for short activations
+# a micro-batch's activations should be small beside the weights on a CPU, and fill the device on a GPU
+AUTO_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 FP16_LOSS_SCALE = 1024.0  # keeps gradients of fp16 models out of the subnormal range
 
 
@@ -55,7 +56,7 @@ def calibrate(
         raise ValueError(
             f"expected token ids below the vocabulary size {model.config.vocab_size}, got {int(ids.max())}"
         )
-    batch = max(1, AUTO_BATCH_TOKENS // seq_len) if batch_size == "auto" else int(batch_size)
+    batch = resolve_batch(batch_size, seq_len, model.device)
     if checkpoint == "auto":
         checkpoint = activation_bytes(units, batch * seq_len, model.dtype) > 0.5 * available_bytes(model.device)
     scale = FP16_LOSS_SCALE if model.dtype == torch.float16 else 1.0
@@ -93,6 +94,13 @@ def collect_batch(collector: Collector, input_ids: Tensor, attention_mask: Tenso
         raise ValueError(f"expected a finite loss, got {losses.tolist()}; first NaN or inf in the output of {where}")
     collector.finish()
     return losses
+
+
+def resolve_batch(batch_size: int | str, seq_len: int, device: torch.device) -> int:
+    """Sequences per micro-batch: the given number, or "auto" for the device."""
+    if batch_size != "auto":
+        return int(batch_size)
+    return max(1, AUTO_BATCH_TOKENS.get(device.type, 512) // seq_len)
 
 
 def _check_sizes(

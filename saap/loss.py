@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-LOGIT_CHUNK_ELEMENTS = 1 << 24  # 64 MiB of fp32 logits
+LOGIT_CHUNK_ELEMENTS = 1 << 22  # 16 MiB of fp32 logits, a few times that with their gradient
 
 
 def sequence_spans(attention_mask: Tensor) -> Tensor:
@@ -36,10 +36,9 @@ def backward_sequence_losses(
     targets = _next_tokens(input_ids, attention_mask)  # [B, T], -100 where nothing is predicted
     predicted = (targets != -100).sum(1)  # [B]
     weight = predicted.double().reciprocal().repeat_interleave(targets.shape[1])  # [B * T]
-    owner = torch.arange(len(targets), device=hidden.device).repeat_interleave(targets.shape[1])
     rows = hidden.detach().flatten(0, 1)  # [B * T, D]
     gradient = torch.empty_like(rows)
-    losses = torch.zeros(len(targets), dtype=torch.float64, device=hidden.device)
+    losses = torch.empty(len(rows), dtype=torch.float64, device=hidden.device)
     head = model.get_output_embeddings()
     step = max(1, LOGIT_CHUNK_ELEMENTS // head.weight.shape[0])
     for start in range(0, len(rows), step):
@@ -54,9 +53,9 @@ def backward_sequence_losses(
             (d_logits,) = torch.autograd.grad(loss.sum() * loss_scale, logits)
         # by hand, so that autograd does not save the head's weight
         gradient[chunk] = d_logits @ head.weight
-        losses.index_add_(0, owner[chunk], loss.detach().double())
+        losses[chunk] = loss.detach().double()
     hidden.backward(gradient.view_as(hidden))
-    return losses.float()
+    return losses.view_as(targets).sum(1).float()
 
 
 def final_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:

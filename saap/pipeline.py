@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap import console
-from saap.calibrate import AUTO_BATCH_TOKENS, calibrate
+from saap.calibrate import calibrate, resolve_batch
 from saap.checkpoint import refuse_existing, save
 from saap.compact import compact
 from saap.criteria import CRITERIA, score
@@ -108,7 +108,8 @@ class Job:
         for ratio in self.ratios:
             check_ratio(units, ratio, **self.search_options)
         batch = self.calibration["batch_size"]
-        tokens = AUTO_BATCH_TOKENS if batch == "auto" else batch * self.calibration["seq_len"]
+        seq_len = self.calibration["seq_len"]
+        tokens = resolve_batch(batch, seq_len, model.device) * seq_len
         return {
             "family": units.family,
             "layers": len(units.layers),
