@@ -86,7 +86,7 @@ def evaluation_row(name: str, result: Evaluation) -> list[str]:
         name,
         f"{result.perplexity:.2f}",
         f"{result.parameters:,}",
-        f"{result.macs_per_token:,}",
+        f"{result.macs_per_token / 1e6:,.1f}M",
         f"{result.weight_bytes / 2**20:.1f}",
         f"{result.kv_cache_bytes_per_token:,}",
         f"{result.tokens_per_second:.0f}",

@@ -22,8 +22,8 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, *
         if family == "qwen2":
             grouped.pop("head_dim")
         config = kind(**common | grouped | overrides)
-    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    torch.manual_seed(seed)  # after construction, so that every dtype draws the same weights
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * (0.3 if parameter.ndim == 1 else 0.15))
