@@ -14,7 +14,7 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
-CPU_SOURCES = ["csrc/bindings.cpp", "csrc/salience_reduce.cpp"]
+CPU_SOURCES = ["csrc/bindings.cpp", "csrc/activation_sums.cpp", "csrc/salience_reduce.cpp"]
 CUDA_SOURCES = ["csrc/activation_salience.cu"]
 DEFAULT_ARCHS = "80;90a"
 

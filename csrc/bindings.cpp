@@ -48,6 +48,28 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("gradient"), py::arg("gradient_pitch"), py::arg("weight"), py::arg("weight_pitch"), py::arg("rows"),
       py::arg("columns"), py::arg("unit_size"), py::arg("axis"), py::arg("sums"), py::arg("threads"));
+  m.def(
+      "coupled_accumulate_f32",
+      [](uintptr_t gradient, int64_t gradient_pitch, uintptr_t weight, int64_t weight_pitch, int64_t rows,
+         int64_t columns, uintptr_t mean, uintptr_t square, int threads) {
+        py::gil_scoped_release release;
+        saap::coupled_accumulate_f32(address<const float>(gradient), gradient_pitch, address<const float>(weight),
+                                     weight_pitch, rows, columns, address<float>(mean), address<float>(square),
+                                     threads);
+      },
+      py::arg("gradient"), py::arg("gradient_pitch"), py::arg("weight"), py::arg("weight_pitch"), py::arg("rows"),
+      py::arg("columns"), py::arg("mean"), py::arg("square"), py::arg("threads"));
+  m.def(
+      "activation_sums_f32",
+      [](uintptr_t x, int64_t x_pitch, uintptr_t dx, int64_t dx_pitch, uintptr_t spans, int64_t sequences,
+         int64_t features, uintptr_t shift, uintptr_t salience, uintptr_t statistics, int threads) {
+        py::gil_scoped_release release;
+        saap::activation_sums_f32({address<const float>(x), x_pitch, address<const float>(dx), dx_pitch,
+                                   address<const int32_t>(spans), sequences, features, address<const float>(shift),
+                                   address<float>(salience), address<float>(statistics), threads});
+      },
+      py::arg("x"), py::arg("x_pitch"), py::arg("dx"), py::arg("dx_pitch"), py::arg("spans"), py::arg("sequences"),
+      py::arg("features"), py::arg("shift"), py::arg("salience"), py::arg("statistics"), py::arg("threads"));
 #ifdef SAAP_CUDA
   m.def("activation_salience", [](uintptr_t y, int64_t y_pitch, uintptr_t dy, int64_t dy_pitch, uintptr_t spans,
                                   int64_t sequences, int64_t chunks, int64_t rows_per_partial, int64_t features,

@@ -11,7 +11,28 @@ namespace saap {
 void salience_reduce_f32(const float* gradient, int64_t gradient_pitch, const float* weight, int64_t weight_pitch,
                          int64_t rows, int64_t columns, int64_t unit_size, int axis, float* sums, int threads);
 
+// mean += s and square += s^2 element by element, s = weight * gradient; mean and square are dense (rows, columns).
+void coupled_accumulate_f32(const float* gradient, int64_t gradient_pitch, const float* weight, int64_t weight_pitch,
+                            int64_t rows, int64_t columns, float* mean, float* square, int threads);
+
 bool has_avx2();
+
+struct ActivationSums {
+  const float* x;  // (tokens, features) fp32
+  int64_t x_pitch;
+  const float* dx;  // like x; used for salience only
+  int64_t dx_pitch;
+  const int32_t* spans;  // (sequences, 2)
+  int64_t sequences;
+  int64_t features;
+  const float* shift;  // (features,) or null for zero
+  float* salience;     // (sequences, features) sums of x * dx, or null
+  float* statistics;   // (3, sequences, features) sums of x - shift and its square, max |x|; or null
+  int threads;
+};
+
+// Reads every operand once; the result does not depend on the number of threads.
+void activation_sums_f32(const ActivationSums& arguments);
 
 enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
 

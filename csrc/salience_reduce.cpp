@@ -170,4 +170,22 @@ void salience_reduce_f32(const float* gradient, int64_t gradient_pitch, const fl
   reduce_units(lines, unit_size, sums);
 }
 
+void coupled_accumulate_f32(const float* gradient, int64_t gradient_pitch, const float* weight, int64_t weight_pitch,
+                            int64_t rows, int64_t columns, float* mean, float* square, int threads) {
+  const int team = rows * columns < kSerialElements ? 1 : std::max(1, threads);
+  (void)team;
+#pragma omp parallel for num_threads(team) schedule(static)
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* g = gradient + r * gradient_pitch;
+    const float* w = weight + r * weight_pitch;
+    float* m = mean + r * columns;
+    float* q = square + r * columns;
+    for (int64_t c = 0; c < columns; ++c) {
+      const float s = g[c] * w[c];
+      m[c] += s;
+      q[c] += s * s;
+    }
+  }
+}
+
 }  // namespace saap

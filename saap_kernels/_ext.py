@@ -1,6 +1,8 @@
-"""The compiled module, loaded once, or the reason why it is not there."""
+"""The compiled module and Triton, loaded once, or the reason why they are not there."""
 
+import os
 from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 
 
@@ -37,4 +39,21 @@ def cuda_status() -> tuple[bool, str]:
 
     if not torch.cuda.is_available():
         return False, "no CUDA device or driver that this torch can use"
+    return True, "ok"
+
+
+def triton_interprets() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def triton_status() -> tuple[bool, str]:
+    """Whether the Triton kernels can run here, and why not."""
+    if find_spec("triton") is None:
+        return False, "triton is not installed"
+    import torch
+
+    if not triton_interprets() and not torch.cuda.is_available():
+        return False, "no CUDA device or driver that this torch can use (TRITON_INTERPRET=1 interprets on the CPU)"
     return True, "ok"

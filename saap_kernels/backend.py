@@ -1,7 +1,7 @@
 """Which implementation runs: chosen from the tensor, overridden by name, explained on request."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saap_kernels import _ext
 
-BACKENDS = ("reference", "cpu", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 _chosen: ContextVar[str | None] = ContextVar("saap_backend", default=None)
 
 
@@ -33,9 +33,11 @@ def use_backend(name: str | None) -> Iterator[None]:
 def available_backends() -> dict[str, str]:
     """{backend: "ok" or the reason why it cannot run here}."""
     built, reason = _ext.cuda_status()
+    triton, why_not = _ext.triton_status()
     return {
         "reference": "ok",
         "cpu": "ok" if _ext.native() is not None else _ext.why_no_native(),
+        "triton": "ok" if triton else why_not,
         "cuda": "ok" if built else reason,
     }
 
@@ -50,30 +52,43 @@ def requested() -> str | None:
     return name
 
 
-def use_native_cpu(op: str, *tensors: Tensor) -> bool:
-    """Whether ``op`` runs the C++ kernel: fp32 on the CPU, unless another backend was asked for."""
-    fits = all(str(t.device) == "cpu" and t.dtype.itemsize == 4 for t in tensors)
-    asked = requested()
-    if asked == "cpu" and not fits:
-        raise ValueError(
-            f"{op}: backend cpu takes fp32 tensors on the CPU, got {tensors[0].dtype} on {tensors[0].device}"
-        )
-    if asked is None:
-        return fits and _ext.native() is not None
-    return asked == "cpu"
+_FITS: dict[str, tuple[Callable[[Tensor], bool], str]] = {
+    "reference": (lambda t: True, "any tensors"),
+    "cpu": (lambda t: str(t.device) == "cpu" and t.dtype.itemsize == 4, "fp32 tensors on the CPU"),
+    "triton": (
+        lambda t: t.dtype.itemsize <= 4 and (t.is_cuda or _ext.triton_interprets()),
+        "fp16, bf16 or fp32 CUDA tensors (fp16 or fp32 CPU tensors with TRITON_INTERPRET=1)",
+    ),
+    "cuda": (lambda t: t.is_cuda and t.dtype.itemsize <= 4, "fp16, bf16 or fp32 CUDA tensors"),
+}
 
 
-def use_native_cuda(op: str, *tensors: Tensor) -> bool:
-    """Whether ``op`` runs the CUDA kernel: any fp16, bf16 or fp32 CUDA tensor, unless another was asked for."""
-    fits = all(t.is_cuda and t.dtype.itemsize <= 4 for t in tensors)
+def choose(op: str, implemented: Sequence[str], *tensors: Tensor) -> str:
+    """The backend that runs ``op``: the one asked for, or the first of ``implemented`` that fits and works.
+
+    Raises ValueError when the one asked for does not implement ``op`` or does not take these tensors.
+    """
     asked = requested()
-    if asked == "cuda" and not fits:
-        raise ValueError(
-            f"{op}: backend cuda takes fp16, bf16 or fp32 CUDA tensors, got {tensors[0].dtype} on {tensors[0].device}"
-        )
     if asked is None:
-        return fits and _ext.cuda_status()[0]
-    return asked == "cuda"
+        working = (name for name in implemented if _runs(name) and all(_FITS[name][0](t) for t in tensors))
+        return next(working, "reference")
+    if asked not in implemented:
+        raise ValueError(f"{op}: expected a backend among {', '.join(implemented)}, got {asked}")
+    fits, takes = _FITS[asked]
+    if not all(fits(t) for t in tensors):
+        raise ValueError(f"{op}: backend {asked} takes {takes}, got {tensors[0].dtype} on {tensors[0].device}")
+    return asked
+
+
+def _runs(name: str) -> bool:
+    """Whether a backend works here without having been asked for (the Triton interpreter is for tests)."""
+    if name == "cpu":
+        return _ext.native() is not None
+    if name == "cuda":
+        return _ext.cuda_status()[0]
+    if name == "triton":
+        return _ext.triton_status()[0] and not _ext.triton_interprets()
+    return True
 
 
 def _check(name: str, source: str) -> None:

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from saap_kernels import _checks, cpu, cuda, reference
-from saap_kernels.backend import use_native_cpu, use_native_cuda
+from saap_kernels import _checks, activations, reference, weights
 
 SALIENCE = ("abs", "square", "mixed")
 COUPLED = ("first", "second", "mixed")
@@ -25,6 +24,10 @@ _library.define(f"weight_salience({_salience_arguments}) -> Tensor")
 _library.define(f"coupled_salience({_salience_arguments}) -> Tensor")
 _library.define("activation_salience(Tensor y, Tensor dy, Tensor spans, int unit_size) -> Tensor")
 _library.define("activation_statistics(Tensor x, Tensor spans, Tensor? shift, str[] want) -> Tensor")
+_library.define(
+    "activation_salience_statistics(Tensor x, Tensor dx, Tensor spans, int unit_size, Tensor? shift, str[] want)"
+    " -> (Tensor, Tensor)"
+)
 
 
 def weight_salience(
@@ -79,10 +82,7 @@ def activation_salience(y: Tensor, dy: Tensor, spans: Tensor, *, unit_size: int 
     With a Linear's output and its gradient this equals sum(w * dw) + b * db of each row (out units);
     with its input and the layer's own input gradient, sum(w * dw) of each column (method section 2a).
     """
-    _checks.check_matrix("y", y, (None, None))
-    _checks.check_matrix("dy", dy, (y.shape[0], y.shape[1]), like=y)
-    _checks.check_spans(spans, y.shape[0])
-    _checks.check_unit_size(unit_size, y.shape[1], "in")
+    _check_pair("y", y, "dy", dy, spans, unit_size)
     return torch.ops.saap.activation_salience(y, dy, spans, unit_size)
 
 
@@ -111,24 +111,19 @@ def activation_salience_statistics(
     shift: Tensor | None = None,
     want: Sequence[str] = STATISTICS,
 ) -> tuple[Tensor, Tensor]:
-    """``activation_salience(x, dx)`` and ``activation_statistics(x)`` of the same rows."""
-    return (
-        activation_salience(x, dx, spans, unit_size=unit_size),
-        activation_statistics(x, spans, shift=shift, want=want),
-    )
+    """``activation_salience(x, dx)`` and ``activation_statistics(x)`` of the same rows, each read once."""
+    wanted = _checks.check_want(want, STATISTICS)
+    _check_pair("x", x, "dx", dx, spans, unit_size)
+    if shift is not None:
+        _checks.check_vector("shift", shift, x.shape[1], x)
+    return torch.ops.saap.activation_salience_statistics(x, dx, spans, unit_size, shift, wanted)
 
 
-def _run_weight_salience(
-    x: Tensor, dy: Tensor, w: Tensor, spans: Tensor, axis: str, unit_size: int, bias: Tensor | None,
-    want: list[str], scale: float,
-) -> Tensor:  # fmt: skip
-    run = cpu.weight_salience if use_native_cpu("weight_salience", x, dy, w) else reference.weight_salience
-    return run(x, dy, w, spans, axis, unit_size, bias, want, scale)
-
-
-def _run_activation_salience(y: Tensor, dy: Tensor, spans: Tensor, unit_size: int) -> Tensor:
-    run = cuda.activation_salience if use_native_cuda("activation_salience", y, dy) else reference.activation_salience
-    return run(y, dy, spans, unit_size)
+def _check_pair(name: str, x: Tensor, other_name: str, other: Tensor, spans: Tensor, unit_size: int) -> None:
+    _checks.check_matrix(name, x, (None, None))
+    _checks.check_matrix(other_name, other, (x.shape[0], x.shape[1]), like=x)
+    _checks.check_spans(spans, x.shape[0])
+    _checks.check_unit_size(unit_size, x.shape[1], "in")
 
 
 def _result(like: Tensor, *shape: int) -> Tensor:
@@ -139,10 +134,11 @@ def _units(w: Tensor, axis: str, unit_size: int) -> int:
     return (w.shape[0] if axis == "out" else w.shape[1]) // unit_size
 
 
-_library.impl("weight_salience", _run_weight_salience, "CompositeExplicitAutograd")
-_library.impl("coupled_salience", reference.coupled_salience, "CompositeExplicitAutograd")
-_library.impl("activation_salience", _run_activation_salience, "CompositeExplicitAutograd")
-_library.impl("activation_statistics", reference.activation_statistics, "CompositeExplicitAutograd")
+_library.impl("weight_salience", weights.weight_salience, "CompositeExplicitAutograd")
+_library.impl("coupled_salience", weights.coupled_salience, "CompositeExplicitAutograd")
+_library.impl("activation_salience", activations.salience, "CompositeExplicitAutograd")
+_library.impl("activation_statistics", activations.statistics, "CompositeExplicitAutograd")
+_library.impl("activation_salience_statistics", activations.salience_statistics, "CompositeExplicitAutograd")
 
 torch.library.register_fake(
     "saap::weight_salience",
@@ -161,4 +157,11 @@ torch.library.register_fake(
 torch.library.register_fake(
     "saap::activation_statistics",
     lambda x, spans, shift, want: _result(x, len(want), spans.shape[0], x.shape[1]),
+)
+torch.library.register_fake(
+    "saap::activation_salience_statistics",
+    lambda x, dx, spans, unit_size, shift, want: (
+        _result(x, spans.shape[0], x.shape[1] // unit_size),
+        _result(x, len(want), spans.shape[0], x.shape[1]),
+    ),
 )

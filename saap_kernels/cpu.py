@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from saap_kernels import _ext
-from saap_kernels.reference import panel_rows
+from saap_kernels.reference import bias_salience, coupled_bias_salience, coupled_order, panel_rows
 
 ORDER = ("abs", "square", "mixed")  # what the native kernel accumulates, in this order
 
@@ -40,13 +40,64 @@ def weight_salience(
                 sums[index, :, first : first + tile.shape[1]] = tile
             else:
                 sums[index] += tile
+    result = sums[:, [ORDER.index(name) for name in want]].transpose(0, 1).contiguous()
     if bias is not None:
-        for index, (_, dy_t) in enumerate(sequences):
-            sums[index] += _bias_terms(bias * dy_t.sum(1) * scale, unit_size)
-    return sums[:, [ORDER.index(name) for name in want]].transpose(0, 1).contiguous()
+        result += bias_salience(dy, bias, spans, unit_size, want, scale)
+    return result
 
 
-def _bias_terms(s: Tensor, unit_size: int) -> Tensor:
-    """(3, U): |s|, s^2 and |s - s^2 / 2| of the biases, summed per unit; s (N,)."""
-    square = s.square()
-    return torch.stack([s.abs(), square, (s - 0.5 * square).abs()]).unflatten(1, (-1, unit_size)).sum(2)
+def coupled_salience(
+    x: Tensor, dy: Tensor, w: Tensor, spans: Tensor, axis: str, unit_size: int, bias: Tensor | None,
+    want: list[str], scale: float,
+) -> Tensor:  # fmt: skip
+    """As ``reference.coupled_salience`` for fp32 CPU tensors; returns (len(want), U)."""
+    native = _ext.native()
+    assert native is not None  # the backend choice made sure
+    rows, columns = w.shape
+    step = panel_rows(columns, rows, unit_size if axis == "out" else 1)
+    lines = torch.zeros(len(want), rows if axis == "out" else columns)
+    buffers = [torch.empty(step, columns) for _ in range(3)]
+    sequences = [(x[a:b], dy[a:b].T) for a, b in spans.tolist()]
+    for start in range(0, rows, step):
+        panel = w[start : start + step]
+        gradient, mean, square = (buffer[: len(panel)] for buffer in buffers)
+        mean.zero_()
+        square.zero_()
+        for x_n, dy_t in sequences:
+            torch.addmm(gradient, dy_t[start : start + step], x_n, beta=0, alpha=scale, out=gradient)
+            native.coupled_accumulate_f32(
+                gradient.data_ptr(), gradient.stride(0), panel.data_ptr(), w.stride(0), len(panel), columns,
+                mean.data_ptr(), square.data_ptr(), torch.get_num_threads(),
+            )  # fmt: skip
+        mean /= len(sequences)
+        square /= len(sequences)
+        for which, name in enumerate(want):
+            values = coupled_order(name, mean, square)
+            if axis == "out":
+                lines[which, start : start + len(panel)] = values.sum(1)
+            else:
+                lines[which] += values.sum(0)
+    result = lines.unflatten(1, (-1, unit_size)).sum(2)
+    if bias is not None:
+        result += coupled_bias_salience(dy, bias, spans, unit_size, want, scale)
+    return result
+
+
+def activation_sums(
+    x: Tensor, dx: Tensor | None, spans: Tensor, shift: Tensor | None, statistics: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(S, K) sums of x * dx if ``dx`` is given; (3, S, K) sum, square and absmax if asked for; one read of each."""
+    native = _ext.native()
+    assert native is not None  # the backend choice made sure
+    sequences, features = len(spans), x.shape[1]
+    salience = None if dx is None else torch.empty(sequences, features)
+    sums = torch.empty(3, sequences, features) if statistics else None
+    spans = spans.contiguous()
+    shift = None if shift is None else shift.float().contiguous()
+    native.activation_sums_f32(
+        x.data_ptr(), x.stride(0), 0 if dx is None else dx.data_ptr(), 0 if dx is None else dx.stride(0),
+        spans.data_ptr(), sequences, features, 0 if shift is None else shift.data_ptr(),
+        0 if salience is None else salience.data_ptr(), 0 if sums is None else sums.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return salience, sums

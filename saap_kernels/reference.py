@@ -50,12 +50,11 @@ def weight_salience(
                 if axis == "in":
                     result[which, index] += values.sum(0).view(-1, unit_size).sum(1)
                 else:
-                    per_row = values.sum(1)  # [R]
-                    if bias is not None:
-                        per_row = per_row + _ELEMENT[name](bias[rows].to(dtype) * dy_n[:, rows].sum(0) * scale)
                     first = start // unit_size
-                    sums = per_row.view(-1, unit_size).sum(1)
+                    sums = values.sum(1).view(-1, unit_size).sum(1)
                     result[which, index, first : first + len(sums)] = sums
+    if bias is not None:
+        result += bias_salience(dy, bias, spans, unit_size, want, scale)
     return result
 
 
@@ -73,28 +72,46 @@ def coupled_salience(
         rows = slice(start, start + step)
         panel = w[rows].to(dtype)
         mean, square = torch.zeros_like(panel), torch.zeros_like(panel)  # [R, K]
-        edge, edge_square = torch.zeros_like(panel[:, 0]), torch.zeros_like(panel[:, 0])  # [R], of the bias
         for x_n, dy_n in sequences:
             s = panel * (dy_n[:, rows].T @ x_n) * scale
             mean += s / len(sequences)
             square += s.square() / len(sequences)
-            if bias is not None:
-                b = bias[rows].to(dtype) * dy_n[:, rows].sum(0) * scale
-                edge += b / len(sequences)
-                edge_square += b.square() / len(sequences)
         for which, name in enumerate(want):
-            values = _coupled(name, mean, square)
+            values = coupled_order(name, mean, square)
             if axis == "in":
                 result[which] += values.sum(0).view(-1, unit_size).sum(1)
             else:
-                per_row = values.sum(1) + _coupled(name, edge, edge_square)
                 first = start // unit_size
-                sums = per_row.view(-1, unit_size).sum(1)
+                sums = values.sum(1).view(-1, unit_size).sum(1)
                 result[which, first : first + len(sums)] = sums
+    if bias is not None:
+        result += coupled_bias_salience(dy, bias, spans, unit_size, want, scale)
     return result
 
 
-def _coupled(name: str, mean: Tensor, square: Tensor) -> Tensor:
+def bias_salience(dy: Tensor, bias: Tensor, spans: Tensor, unit_size: int, want: Sequence[str], scale: float) -> Tensor:
+    """(len(want), S, U): f(s) summed per unit, s = scale * bias * sum_t dy; what biases add to their rows' units."""
+    s = _bias_terms(dy, bias, spans, scale)
+    return torch.stack([_ELEMENT[name](s) for name in want]).unflatten(2, (-1, unit_size)).sum(3)
+
+
+def coupled_bias_salience(
+    dy: Tensor, bias: Tensor, spans: Tensor, unit_size: int, want: Sequence[str], scale: float
+) -> Tensor:
+    """(len(want), U): as ``bias_salience`` for the coupled form."""
+    s = _bias_terms(dy, bias, spans, scale)
+    mean, square = s.mean(0), s.square().mean(0)  # [N]
+    return torch.stack([coupled_order(name, mean, square) for name in want]).unflatten(1, (-1, unit_size)).sum(2)
+
+
+def _bias_terms(dy: Tensor, bias: Tensor, spans: Tensor, scale: float) -> Tensor:
+    """(S, N): scale * bias * the sum of each sequence's rows of dy."""
+    dtype = compute_dtype(dy)
+    return torch.stack([dy[a:b].sum(0, dtype=dtype) for a, b in spans.tolist()]) * bias.to(dtype) * scale
+
+
+def coupled_order(name: str, mean: Tensor, square: Tensor) -> Tensor:
+    """|mean_n s|, |mean_n s^2| or |mean_n s - mean_n s^2 / 2| from the two means."""
     return {"first": mean, "second": square, "mixed": mean - 0.5 * square}[name].abs()
 
 

@@ -62,8 +62,8 @@ def test_other_ops_check_too() -> None:
 
 def test_backends_are_named_or_refused_with_the_reason(monkeypatch) -> None:
     with (
-        pytest.raises(ValueError, match="backend: expected one of reference, cpu, cuda, got 'triton'"),
-        K.use_backend("triton"),
+        pytest.raises(ValueError, match="backend: expected one of reference, cpu, triton, cuda, got 'gpu'"),
+        K.use_backend("gpu"),
     ):
         pass
     monkeypatch.setenv("SAAP_BACKEND", "fast")
@@ -74,13 +74,14 @@ def test_backends_are_named_or_refused_with_the_reason(monkeypatch) -> None:
         K.weight_salience(X.double(), DY.double(), W.double(), SPANS, axis="out")
     monkeypatch.delenv("SAAP_BACKEND")
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match="cuda cannot run here"), K.use_backend("cuda"):
-            pass
+        for name in ("cuda", "triton"):
+            with pytest.raises(RuntimeError, match=f"{name} cannot run here"), K.use_backend(name):
+                pass
 
 
 def test_available_backends_give_ok_or_a_reason() -> None:
     found = K.available_backends()
-    assert list(found) == ["reference", "cpu", "cuda"] and found["reference"] == "ok"
+    assert list(found) == ["reference", "cpu", "triton", "cuda"] and found["reference"] == "ok"
     assert all(isinstance(reason, str) and "\n" not in reason for reason in found.values())
 
 

@@ -39,6 +39,21 @@ def problem(tokens: int, rows: int, columns: int, dtype=torch.float64, seed: int
     return x, dy, w, bias, torch.tensor(spans, dtype=torch.int32)
 
 
+def assert_as_exact_as_eager(got, exact, x, dy, w, spans, axis, unit, bias, scale=1.0) -> None:
+    """|got - exact| is at most twice what eager torch in fp32 errs, all orders of weight salience."""
+    eager = []
+    for start, stop in spans.tolist():
+        s = w.float() * (dy[start:stop].float().T @ x[start:stop].float()) * scale
+        b = None if bias is None else bias.float() * dy[start:stop].float().sum(0) * scale
+        functions = oracles.FUNCTIONS.values()
+        eager.append(torch.stack([oracles.group(f(s), None if b is None else f(b), axis, unit) for f in functions]))
+    eager_error = (torch.stack(eager, 1).double() - exact).abs().amax(-1, keepdim=True)
+    assert got.dtype == torch.float32 and got.shape == exact.shape
+    # all terms of the sums are positive; four more roundings, as eager may be exact by luck where there is one unit
+    allowed = 2 * eager_error + 4 * 2**-23 * exact.abs().amax(-1, keepdim=True)
+    assert ((got.double() - exact).abs() <= allowed).all()
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("axis", ["out", "in"])
 @pytest.mark.parametrize(("tokens", "rows", "columns", "unit"), SHAPES)
@@ -61,19 +76,9 @@ def test_fp32_backends_err_no_more_than_eager_torch(tokens, rows, columns, unit,
     x, dy, w, bias, spans = problem(tokens, rows, columns, torch.float32)
     options = {"axis": axis, "unit_size": unit, "bias": bias if axis == "out" else None}
     exact = oracles.weight_salience(x, dy, w, spans, **options)
-    eager = []
-    for start, stop in spans.tolist():
-        s = w * (dy[start:stop].T @ x[start:stop])
-        b = None if options["bias"] is None else bias * dy[start:stop].sum(0)
-        functions = oracles.FUNCTIONS.values()
-        eager.append(torch.stack([oracles.group(f(s), None if b is None else f(b), axis, unit) for f in functions]))
-    eager_error = (torch.stack(eager, 1).double() - exact).abs().amax(-1, keepdim=True)
     with K.use_backend(backend):
         got = K.weight_salience(x, dy, w, spans, **options)
-    assert got.dtype == torch.float32 and got.shape == exact.shape
-    # twice eager's worst error plus one fp32 rounding of the largest unit; all terms of the sums are positive
-    allowed = 2 * eager_error + 2**-23 * exact.abs().amax(-1, keepdim=True)
-    assert ((got.double() - exact).abs() <= allowed).all()
+    assert_as_exact_as_eager(got, exact, x, dy, w, spans, axis, unit, options["bias"])
 
 
 @pytest.mark.parametrize("axis", ["out", "in"])
@@ -85,6 +90,43 @@ def test_coupled_salience_takes_absolute_values_after_the_mean(tokens, rows, col
     options = {"axis": axis, "unit_size": unit, "bias": bias if axis == "out" else None}
     got = K.coupled_salience(x, dy, w, spans, **options)
     torch.testing.assert_close(got, oracles.coupled_salience(x, dy, w, spans, **options), rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize(("tokens", "rows", "columns", "unit"), SHAPES)
+def test_native_coupled_salience_errs_by_fp32_rounding_only(tokens, rows, columns, unit, axis) -> None:
+    if axis == "in":
+        rows, columns = columns, rows
+    x, dy, w, bias, spans = problem(tokens, rows, columns, torch.float32)
+    options = {"axis": axis, "unit_size": unit, "bias": bias if axis == "out" else None}
+    with K.use_backend("cpu"):
+        got = K.coupled_salience(x, dy, w, spans, **options, want=("mixed", "first"))
+    exact = oracles.coupled_salience(x, dy, w, spans, **options, want=("mixed", "first"))
+    # |mean - square / 2| cancels: fp32 rounding of a few hundred terms, relative to the largest unit
+    assert ((got.double() - exact).abs() <= 2e-6 * exact.abs().amax(-1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("features", [1, 7, 512, 1100])
+def test_native_activation_sums_read_once_and_agree_with_float64(features: int) -> None:
+    x, _, _, _, spans = problem(300, 1, features, torch.float32)
+    dx = problem(300, 1, features, torch.float32, seed=1)[0]
+    shift = torch.linspace(-1, 1, features)
+    with K.use_backend("cpu"):
+        signed, sums = K.activation_salience_statistics(x, dx, spans, shift=shift)
+        assert torch.equal(signed, K.activation_salience(x, dx, spans))
+        assert torch.equal(sums, K.activation_statistics(x, spans, shift=shift))
+        assert torch.equal(sums[[2, 0]], K.activation_statistics(x, spans, shift=shift, want=("absmax", "sum")))
+        unshifted = K.activation_statistics(x, spans, want=("sum",))[0]
+    for index, (start, stop) in enumerate(spans.tolist()):
+        rows, moved = x[start:stop].double(), x[start:stop].double() - shift.double()
+        terms = rows * dx[start:stop].double()
+        # each term is rounded once and added in fp32 within blocks of 64 rows
+        rounding = 66 * 2**-24
+        assert ((signed[index] - terms.sum(0)).abs() <= terms.abs().sum(0) * rounding).all()
+        assert ((sums[0, index] - moved.sum(0)).abs() <= moved.abs().sum(0) * rounding + 1e-6).all()
+        assert ((sums[1, index] - moved.square().sum(0)).abs() <= moved.square().sum(0) * 2 * rounding).all()
+        assert torch.equal(sums[2, index].double(), rows.abs().amax(0))
+        assert ((unshifted[index] - rows.sum(0)).abs() <= rows.abs().sum(0) * rounding).all()
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -171,6 +213,8 @@ def test_ops_pass_opcheck_and_compile_without_graph_breaks() -> None:
     torch.library.opcheck(torch.ops.saap.coupled_salience.default, (*arguments[:7], ["first"], 1.0))
     torch.library.opcheck(torch.ops.saap.activation_salience.default, (x, x, spans, 3))
     torch.library.opcheck(torch.ops.saap.activation_statistics.default, (x, spans, None, ["sum"]))
+    pair = (x, x.clone(), spans, 3, x[0].clone(), ["absmax", "sum"])
+    torch.library.opcheck(torch.ops.saap.activation_salience_statistics.default, pair)
     compiled = torch.compile(
         lambda a, b: torch.ops.saap.weight_salience(a, b, *arguments[2:]) * 2, fullgraph=True, backend="aot_eager"
     )

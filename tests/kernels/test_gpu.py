@@ -7,9 +7,17 @@ import saap_kernels as K
 from saap_kernels import _ext
 from tests.kernels import oracles
 from tests.kernels.test_calibration_ops import problem
+from tests.kernels.triton_cases import (  # noqa: F401  the same cases, on the device and with bf16
+    test_a_span_as_long_as_whole_blocks_reads_nothing_behind_it,
+    test_activation_ops,
+    test_calibration_plans_the_same_as_the_cpu,
+    test_coupled_salience,
+    test_more_sequences_than_one_launch_holds_take_several,
+    test_orders_are_chosen_and_placed_by_want,
+    test_weight_salience,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-BACKENDS = ("reference", "cuda")
 SHAPES = [(5, 1, 1), (60, 7, 7), (300, 520, 4), (300, 1407, 1), (1000, 4096, 128)]
 
 

@@ -1,0 +1,163 @@
+"""What the Triton compiler makes of every kernel, with no GPU: registers, spills, shared memory, instructions.
+
+``python -m benchmarks.compile_report`` compiles each frozen configuration for sm_80 and sm_90 and
+reads the cubin. "copies" are 16-byte cp.async or TMA loads in the PTX, "spills" stack accesses among
+the matrix instructions (stack bytes may hold values that are used once per tile).
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from saap_kernels import triton_activations
+from saap_kernels.triton_weight_salience import TileConfig, choose_config, weight_salience_kernel
+
+SHARED_LIMIT = {80: 166_912, 90: 232_448}
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Report:
+    kernel: str
+    capability: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    tensor_core: int
+    wide_copies: int
+    narrow_loads: int
+    loop_spills: int  # loads from or stores to the stack between the first and the last matrix instruction
+    per_processor: int = 1
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kernel:58} sm_{self.capability} {self.registers:9} {self.stack_bytes:5} {self.shared_bytes:7} "
+            f"{self.tensor_core:4} {self.wide_copies:6} {self.narrow_loads:6} {self.loop_spills:6}"
+        )
+
+
+def compile_kernel(
+    name: str, kernel: Any, capability: int, signature: dict[str, str], constants: dict[str, Any],
+    divisible: set[str], warps: int, stages: int, per_processor: int = 1,
+) -> Report:  # fmt: skip
+    """Compile one specialisation; ``divisible`` names arguments known to be multiples of 16."""
+    types = {arg: "constexpr" if arg in constants else signature[arg] for arg in kernel.arg_names}
+    hints = {(kernel.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in divisible if arg not in constants}
+    source = ASTSource(kernel, types, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, hints)
+    target = GPUTarget("cuda", capability, 32)
+    done = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    ptx = done.asm["ptx"]
+    registers, stack = _resources(done.asm["cubin"])
+    return Report(
+        kernel=name,
+        capability=capability,
+        registers=registers,
+        stack_bytes=stack,
+        shared_bytes=done.metadata.shared,
+        tensor_core=len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx)),
+        wide_copies=len(re.findall(r"cp\.async\.cg\.shared\.global|cp\.async\.bulk\.tensor", ptx)),
+        narrow_loads=len(re.findall(r"ld\.global\.b(?:8|16)\b", ptx)),
+        loop_spills=_loop_spills(done.asm["cubin"]),
+        per_processor=per_processor,
+    )
+
+
+def _disassemble(tool: str, option: str, cubin: bytes) -> str:
+    """Output of one of the NVIDIA tools that Triton bundles."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        command = [Path(triton.__file__).parent / "backends/nvidia/bin" / tool, option, file]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _loop_spills(cubin: bytes) -> int:
+    """Loads from and stores to the stack between the first and the last matrix instruction."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", _disassemble("nvdisasm", "-c", cubin))
+    matrix = [index for index, (_, text) in enumerate(lines) if re.search(r"\b(HGMMA|HMMA)", text)]
+    if not matrix:
+        return 0
+    return sum(bool(re.search(r"\b(STL|LDL)", text)) for _, text in lines[matrix[0] : matrix[-1]])
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and stack bytes."""
+    text = _disassemble("cuobjdump", "--dump-resource-usage", cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resources: {text}")
+    return int(found.group(1)), int(found.group(2))
+
+
+def weight_salience_report(
+    capability: int, dtype: torch.dtype, config: TileConfig, *, coupled: bool, axis: str, want: int = 3
+) -> Report:
+    """One specialisation of the weight salience kernel; ``want`` orders are computed."""
+    kind = NAMES[dtype]
+    pointers = dict.fromkeys(("p", "q", "w"), f"*{kind}") | {"blocks": "*i32", "partial": "*fp32"}
+    integers = (
+        "U", "R", "p_columns8", "q_columns8", "p_pitch8", "q_pitch8", "w_stride_u", "w_stride_r", "block_count",
+        "plane",
+    )  # fmt: skip
+    signature = pointers | dict.fromkeys(integers, "i32") | {"scale": "fp32"}
+    for operand, block in (("p", config.block_u), ("q", config.block_r)):
+        name = f"{operand}_descriptor"
+        signature[name] = f"tensordesc<{kind}[{config.block_t}, {block}]>" if config.descriptors else f"*{kind}"
+    constants = {
+        "ABS": 0, "SQUARE": 1 if want > 1 else -1, "MIXED": 2 if want > 2 else -1, "COUPLED": coupled,
+        "DESCRIPTORS": config.descriptors, "EXACT_FP32": dtype == torch.float32, "BLOCK_U": config.block_u,
+        "BLOCK_R": config.block_r, "BLOCK_T": config.block_t, "GROUP_U": 8,
+        "w_stride_r" if axis == "out" else "w_stride_u": 1,
+    }  # fmt: skip
+    divisible = {"p", "q", "w", "blocks", "partial", "U", "R", "plane", "w_stride_u", "w_stride_r"}
+    if not config.descriptors:
+        divisible |= {"p_descriptor", "q_descriptor"}
+    tile = f"{config.block_u}x{config.block_r}x{config.block_t}, {config.warps} warps, {config.stages} stages"
+    name = f"{'coupled' if coupled else 'weight'}_salience {axis} {kind} {tile}{' tma' if config.descriptors else ''}"
+    return compile_kernel(
+        name, weight_salience_kernel, capability, signature, constants, divisible, config.warps, config.stages,
+        config.per_processor,
+    )  # fmt: skip
+
+
+def activation_report(capability: int, dtype: torch.dtype) -> Report:
+    """The fused pass over x and dx: all four sums about a shift."""
+    kind = NAMES[dtype]
+    signature = {"x": f"*{kind}", "dx": f"*{kind}", "shift": "*fp32", "blocks": "*i32", "partial": "*fp32"}
+    signature |= dict.fromkeys(("K", "x_pitch", "dx_pitch", "plane"), "i32")
+    constants = {"SALIENCE": 0, "SUM": 1, "SQUARE": 2, "ABSMAX": 3, "SHIFTED": True}
+    constants |= {"BLOCK_K": triton_activations.BLOCK_K, "BLOCK_T": triton_activations.BLOCK_T}
+    return compile_kernel(
+        f"activation_salience_statistics {kind}", triton_activations.activation_sums_kernel, capability, signature,
+        constants, set(signature), triton_activations.WARPS, 3,
+    )  # fmt: skip
+
+
+def reports() -> Iterator[Report]:
+    """Every configuration that ``choose_config`` can pick, for both capabilities."""
+    for capability in (80, 90):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for lines, coupled in ((11008, False), (512, False), (4096, True)):
+                config = choose_config(lines, 4096, dtype, coupled=coupled, processors=132, capability=capability)
+                for axis in ("out", "in"):
+                    yield weight_salience_report(capability, dtype, config, coupled=coupled, axis=axis)
+            yield activation_report(capability, dtype)
+
+
+def main() -> None:
+    print(f"triton {triton.__version__}\n{'kernel':58} {'':5} registers stack  shared  mma copies narrow spills")
+    for report in reports():
+        print(report, flush=True)
+
+
+if __name__ == "__main__":
+    main()

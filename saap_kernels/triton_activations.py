@@ -1,0 +1,104 @@
+"""Triton: sums over tokens of x * dx, x, x^2 and max |x|, each operand read once.
+
+Two ordered stages, no atomics: a program sums one token block of one feature block into
+partial[quantity, block, K]; the second kernel adds the blocks of each sequence in order.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saap_kernels.schedule import as_spans, first_blocks, masked_blocks
+
+BLOCK_K, BLOCK_T, WARPS = 128, 8, 4  # a warp reads 16 bytes per thread: 8 features of 16 bits
+FINISH_K = 128
+
+
+@triton.jit
+def activation_sums_kernel(
+    x, dx, shift, blocks, partial, K, x_pitch, dx_pitch, plane,
+    SALIENCE: tl.constexpr, SUM: tl.constexpr, SQUARE: tl.constexpr, ABSMAX: tl.constexpr,  # plane of partial, or -1
+    SHIFTED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(1)
+    first, count = tl.load(blocks + 5 * block), tl.load(blocks + 5 * block + 1)
+    features = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    valid = features < K
+    salience = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    total = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    square = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    largest = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    if SHIFTED:
+        about = tl.load(shift + features, mask=valid, other=0.0).to(tl.float32)
+    for start in range(0, count, BLOCK_T):
+        rows = start + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+        mask = (rows < count)[:, None] & valid[None, :]
+        row = (first + rows).to(tl.int64)[:, None]
+        values = tl.load(x + row * x_pitch + features[None, :], mask=mask, other=0.0).to(tl.float32)
+        if SALIENCE >= 0:
+            gradient = tl.load(dx + row * dx_pitch + features[None, :], mask=mask, other=0.0).to(tl.float32)
+            salience += values * gradient
+        if ABSMAX >= 0:
+            largest = tl.maximum(largest, tl.abs(values))
+        if SHIFTED:
+            values = tl.where(mask, values - about[None, :], 0.0)
+        if SUM >= 0:
+            total += values
+        if SQUARE >= 0:
+            square += values * values
+    out = partial + block.to(tl.int64) * K + features
+    if SALIENCE >= 0:
+        tl.store(out + SALIENCE * plane, tl.sum(salience, 0), mask=valid)
+    if SUM >= 0:
+        tl.store(out + SUM * plane, tl.sum(total, 0), mask=valid)
+    if SQUARE >= 0:
+        tl.store(out + SQUARE * plane, tl.sum(square, 0), mask=valid)
+    if ABSMAX >= 0:
+        tl.store(out + ABSMAX * plane, tl.max(largest, 0), mask=valid)
+
+
+@triton.jit
+def sequence_sums_kernel(partial, starts, result, K, plane, sequences, ABSMAX: tl.constexpr, BLOCK_K: tl.constexpr):
+    features = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    sequence, quantity = tl.program_id(1), tl.program_id(2)
+    valid = features < K
+    value = tl.zeros((BLOCK_K,), tl.float32)
+    first, stop = tl.load(starts + sequence), tl.load(starts + sequence + 1)
+    terms = partial + quantity.to(tl.int64) * plane + first.to(tl.int64) * K + features
+    for _ in range(first, stop):
+        term = tl.load(terms, mask=valid, other=0.0)
+        value = tl.where(quantity == ABSMAX, tl.maximum(value, term), value + term)
+        terms += K
+    tl.store(result + (quantity * sequences + sequence).to(tl.int64) * K + features, value, mask=valid)
+
+
+def sums(x: Tensor, dx: Tensor | None, spans: Tensor, shift: Tensor | None, want: Sequence[str]) -> Tensor:
+    """(len(planes), S, K) fp32, planes: the salience x * dx if ``dx`` is given, then ``want``."""
+    features, device, ranges = x.shape[1], x.device, as_spans(spans)
+    planes = ([] if dx is None else ["salience"]) + list(want)
+    slots = {name: planes.index(name) if name in planes else -1 for name in ("salience", "sum", "square", "absmax")}
+    rows = rows_per_partial(ranges[-1][1] - ranges[0][0])
+    blocks, starts = masked_blocks(ranges, rows, device), first_blocks(ranges, rows, device)
+    count = len(blocks) - 1
+    partial = torch.empty(len(planes), count, features, dtype=torch.float32, device=device)
+    result = torch.empty(len(planes), len(ranges), features, dtype=torch.float32, device=device)
+    with torch.cuda.device(device) if x.is_cuda else torch.no_grad():
+        activation_sums_kernel[(-(-features // BLOCK_K), count)](
+            x, x if dx is None else dx, x if shift is None else shift, blocks, partial, features,
+            x.stride(0), x.stride(0) if dx is None else dx.stride(0), count * features,
+            SALIENCE=slots["salience"], SUM=slots["sum"], SQUARE=slots["square"], ABSMAX=slots["absmax"],
+            SHIFTED=shift is not None, BLOCK_K=BLOCK_K, BLOCK_T=BLOCK_T, num_warps=WARPS,
+        )  # fmt: skip
+        sequence_sums_kernel[(-(-features // FINISH_K), len(ranges), len(planes))](
+            partial, starts, result, features, count * features, len(ranges), ABSMAX=slots["absmax"],
+            BLOCK_K=FINISH_K, num_warps=WARPS,
+        )  # fmt: skip
+    return result
+
+
+def rows_per_partial(tokens: int) -> int:
+    """Tokens that one program sums: many programs for short calls, few partial sums for long ones."""
+    return 64 if tokens <= 4096 else 256

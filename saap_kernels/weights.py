@@ -1,0 +1,36 @@
+"""Which backend runs weight_salience and coupled_salience."""
+
+from torch import Tensor
+
+from saap_kernels import cpu, reference
+from saap_kernels.backend import choose
+
+IMPLEMENTED = ("triton", "cpu", "reference")  # in order of preference
+
+
+def weight_salience(
+    x: Tensor, dy: Tensor, w: Tensor, spans: Tensor, axis: str, unit_size: int, bias: Tensor | None,
+    want: list[str], scale: float,
+) -> Tensor:  # fmt: skip
+    """(len(want), S, U) by the chosen backend; arguments are checked."""
+    name = choose("weight_salience", IMPLEMENTED, x, dy, w)
+    if name == "triton":
+        from saap_kernels import triton_weight_salience
+
+        return triton_weight_salience.weight_salience(x, dy, w, spans, axis, unit_size, bias, want, scale)
+    run = cpu.weight_salience if name == "cpu" else reference.weight_salience
+    return run(x, dy, w, spans, axis, unit_size, bias, want, scale)
+
+
+def coupled_salience(
+    x: Tensor, dy: Tensor, w: Tensor, spans: Tensor, axis: str, unit_size: int, bias: Tensor | None,
+    want: list[str], scale: float,
+) -> Tensor:  # fmt: skip
+    """(len(want), U) by the chosen backend; arguments are checked."""
+    name = choose("coupled_salience", IMPLEMENTED, x, dy, w)
+    if name == "triton":
+        from saap_kernels import triton_weight_salience
+
+        return triton_weight_salience.coupled_salience(x, dy, w, spans, axis, unit_size, bias, want, scale)
+    run = cpu.coupled_salience if name == "cpu" else reference.coupled_salience
+    return run(x, dy, w, spans, axis, unit_size, bias, want, scale)

@@ -1,0 +1,61 @@
+"""Triton kernels with no GPU: interpreted, and compiled for sm_80 and sm_90."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CASES = Path(__file__).with_name("triton_cases.py")
+
+
+def test_interpreted_kernels_agree_with_float64() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout and "skipped" not in done.stdout
+
+
+def reports():
+    from benchmarks.compile_report import reports
+
+    return list(reports())
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return reports()
+
+
+def test_compiled_kernels_keep_their_inner_loop_in_registers(compiled) -> None:
+    assert {report.capability for report in compiled} == {80, 90}
+    for report in compiled:
+        assert report.loop_spills == 0, report
+        assert report.stack_bytes <= 64, report  # values used once per tile may wait outside the loop
+
+
+def test_compiled_kernels_fit_shared_memory(compiled) -> None:
+    from benchmarks.compile_report import SHARED_LIMIT
+
+    for report in compiled:
+        assert report.shared_bytes * report.per_processor <= SHARED_LIMIT[report.capability], report
+
+
+def test_sixteen_bit_kernels_use_tensor_cores_and_wide_copies(compiled) -> None:
+    for report in compiled:
+        assert report.narrow_loads == 0, report
+        if report.kernel.startswith(("weight", "coupled")) and "fp32" not in report.kernel:
+            assert report.tensor_core > 0 and report.wide_copies > 0, report
+
+
+def test_tiles_are_chosen_by_class_of_shape_not_by_exact_width() -> None:
+    from saap_kernels.triton_weight_salience import choose_config
+
+    options = {"dtype": torch.bfloat16, "coupled": False, "processors": 132, "capability": 90}
+    wide = {choose_config(lines, 4096, **options) for lines in range(10_000, 11_009, 7)}
+    assert len(wide) == 1
+    assert choose_config(512, 4096, **options) not in wide
