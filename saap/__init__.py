@@ -5,6 +5,7 @@ Importing this package lets transformers' Auto classes load pruned checkpoints.
 
 from saap.calibrate import calibrate
 from saap.checkpoint import load, save
+from saap.collect import collect
 from saap.compact import compact
 from saap.criteria import CRITERIA, Scores, score
 from saap.evaluate import Evaluation, evaluate
@@ -31,6 +32,7 @@ __all__ = [
     "Units",
     "__version__",
     "calibrate",
+    "collect",
     "compact",
     "discover",
     "evaluate",

@@ -5,74 +5,26 @@ output), receives the gradient of its output and hands both to the kernels. Weig
 through the module, never saved for backward, and never get a gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 import saap_kernels
 from saap.families import Family, family_of, layers_of, linears_of
-from saap.moments import Moments
-from saap.statistics import ORDERS, ModuleStatistics, Statistics, merge_feature_moments
-from saap.units import LayerUnits, Units
+from saap.loss import sequence_spans
+from saap.record import BatchRecord, RecordedLinear
+from saap.statistics import Statistics, merge_feature_moments
+from saap.units import LayerUnits, Units, discover
 
 ELEMENT_WANT = ("abs", "square", "mixed")  # in the order of ORDERS
 IN_PARTS = ("o", "down")  # their columns belong to units; of the others, rows
-
-
-class _RecordedLinear(torch.autograd.Function):
-    """y = x W' + b whose backward also reports (x, y, dx, dy) to a sink."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: nn.Linear, sink: Callable[..., None], keep_output: bool) -> Tensor:
-        y = F.linear(x, linear.weight, linear.bias)
-        ctx.linear, ctx.sink = linear, sink
-        ctx.save_for_backward(x, y if keep_output else None)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        x, y = ctx.saved_tensors
-        dx = dy @ ctx.linear.weight
-        ctx.sink(x.flatten(0, -2), None if y is None else y.flatten(0, -2), dx.flatten(0, -2), dy.flatten(0, -2))
-        return dx, None, None, None
-
-
-class _LayerRecord:
-    """Per-sequence sums of one layer and one module while a micro-batch runs backward."""
-
-    def __init__(self, matrices: tuple[str, ...], units: int, sequences: int) -> None:
-        self.matrices = matrices
-        self.vector = torch.zeros(sequences, len(matrices), units, dtype=torch.float64)  # [S, M, U]
-        self.element = torch.zeros(len(ORDERS), sequences, len(matrices), units, dtype=torch.float64)  # [3, S, M, U]
-        self.seen: set[str] = set()
-
-    def put(self, part: str, vector: Tensor, element: Tensor) -> None:
-        column = self.matrices.index(part)
-        self.vector[:, column] = vector
-        self.element[:, :, column] = element
-        self.seen.add(part)
-
-    def moments(self) -> Moments:
-        """Moments of (3, P, U) with the aggregate rows "joint" and "sum" appended."""
-        per_matrix = vector_orders(self.vector)  # [3, S, M, U]
-        joint = vector_orders(self.vector.sum(1, keepdim=True))
-        vector = torch.cat([per_matrix, joint, per_matrix.sum(2, keepdim=True)], 2)
-        total = self.element.sum(2, keepdim=True)
-        element = torch.cat([self.element, total, total], 2)
-        return Moments.of(vector.movedim(1, 0), element.movedim(1, 0))
-
-
-def vector_orders(signed: Tensor) -> Tensor:
-    """|a|, a^2 and |a - a^2 / 2| stacked in front: (...) -> (3, ...), method section 2a."""
-    square = signed.square()
-    return torch.stack([signed.abs(), square, (signed - 0.5 * square).abs()])
 
 
 class Collector:
@@ -82,7 +34,7 @@ class Collector:
     under activation checkpointing if ``checkpoint_layers``. Call ``begin(spans)`` before the
     forward of a micro-batch and ``finish()`` after its backward; spans (S, 2) are the half-open row
     ranges of its sequences in the flattened batch. On exit, training mode, requires_grad and every
-    forward are as they were, also after an exception.
+    forward are as they were, also after an exception. ``collect`` does the same for any loop.
     """
 
     def __init__(
@@ -102,8 +54,8 @@ class Collector:
         self.scale = 1.0 / loss_scale
         self._offsets = {module: units.offsets(module) for module in self.statistics.modules}
         self._features = _feature_offsets(units)
-        self._records: dict[tuple[int, str], _LayerRecord] = {}
-        self._spans: Tensor | None = None
+        self._matrices = {name: module.matrices for name, module in self.statistics.modules.items()}
+        self.batch: BatchRecord | None = None
         self._undo: list[Callable[[], object]] = []
 
     def __enter__(self) -> "Collector":
@@ -130,7 +82,7 @@ class Collector:
                 self._patch(linear, self._recorded_forward(index, part, linear))
                 self._measure_weight(index, part, linear)
             if self.checkpoint_layers:
-                self._patch(layer, _checkpointed(layer.forward))
+                self._patch(layer, self._checkpointed(layer.forward))
 
     def _patch(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         previous = module.__dict__.get("forward")
@@ -148,33 +100,54 @@ class Collector:
     def _restore(self) -> None:
         while self._undo:
             self._undo.pop()()
-        self._records.clear()
+        self.batch = None
 
     def _recorded_forward(self, index: int, part: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-        def sink(x: Tensor, y: Tensor | None, dx: Tensor, dy: Tensor) -> None:
-            self._record(index, part, linear, x, y, dx, dy)
+        def forward(x: Tensor) -> Tensor:
+            batch = self.batch  # of this forward: by the time of its backward another may have begun
 
-        return lambda x: _RecordedLinear.apply(x, linear, sink, part not in IN_PARTS)
+            def sink(x: Tensor, y: Tensor | None, dx: Tensor, dy: Tensor) -> None:
+                if batch is None:
+                    raise RuntimeError("call begin(spans) before the forward pass of a micro-batch")
+                self._record(batch, index, part, linear, x, y, dx, dy)
+
+            return RecordedLinear.apply(x, linear, sink, part not in IN_PARTS)
+
+        return forward
+
+    def _checkpointed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            batch = self.batch
+
+            def again(*args: Any, **kwargs: Any) -> Any:
+                current, self.batch = self.batch, batch  # recomputation belongs to the batch of the first pass
+                try:
+                    return forward(*args, **kwargs)
+                finally:
+                    self.batch = current
+
+            return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        return run
 
     def begin(self, spans: Tensor) -> None:
         """Start a micro-batch of len(spans) sequences."""
-        self._spans = spans
-        sizes = self.statistics.units.layers
-        self._records = {
-            (index, name): _LayerRecord(module.matrices, sizes[index].count(name), len(spans))
-            for index in range(len(sizes))
-            for name, module in self.statistics.modules.items()
-        }
+        self.batch = BatchRecord(spans, self.statistics.units.layers, self._matrices)
+
+    def finish(self) -> None:
+        """Fold the micro-batch into the statistics; raises ValueError naming a layer whose gradient is not finite."""
+        assert self.batch is not None
+        self.fold(self.batch)
+        self.batch = None
 
     def _record(
-        self, index: int, part: str, linear: nn.Linear, x: Tensor, y: Tensor | None, dx: Tensor, dy: Tensor
-    ) -> None:
-        if self._spans is None:
-            raise RuntimeError("call begin(spans) before the forward pass of a micro-batch")
+        self, batch: BatchRecord, index: int, part: str, linear: nn.Linear,
+        x: Tensor, y: Tensor | None, dx: Tensor, dy: Tensor,
+    ) -> None:  # fmt: skip
         sizes = self.statistics.units.layers[index]
         module = _module_of(part)
         size = sizes.rows_per_unit(part)
-        x, dy, spans = x.contiguous(), dy.contiguous(), self._spans
+        x, dy, spans = x.contiguous(), dy.contiguous(), batch.spans
         inside = part in IN_PARTS
         with saap_kernels.use_backend(self.backend):
             element = saap_kernels.weight_salience(
@@ -186,59 +159,45 @@ class Collector:
                 vector, inputs = saap_kernels.activation_salience_statistics(
                     x, dx, spans, unit_size=size, shift=shift, want=("sum", "square", "absmax")
                 )
-                self._add_inputs(index, module, shift, inputs.double().cpu())
+                batch.layers[index, module].inputs = shift.double().cpu(), inputs.double().cpu()
             else:
                 assert y is not None  # kept for every part whose rows belong to units
                 vector = saap_kernels.activation_salience(y, dy, spans, unit_size=size)
-        self._records[index, module].put(part, vector.double().cpu() * self.scale, element.double().cpu())
+        batch.layers[index, module].put(part, vector.double().cpu() * self.scale, element.double().cpu())
 
-    def _add_inputs(self, index: int, module: str, shift: Tensor, inputs: Tensor) -> None:
-        assert self._spans is not None
-        count = int((self._spans[:, 1] - self._spans[:, 0]).sum())
-        total, square = inputs[:2].sum(1)  # each [C], about shift
+    def _add_inputs(self, index: int, module: str, count: int, shift: Tensor, sums: Tensor) -> None:
+        total, square = sums[:2].sum(1)  # each [C], about shift
         mean = total / count
         merge_feature_moments(
             self._input_slice(index, module, "input_mean"),
             self._input_slice(index, module, "input_m2"),
             self.statistics.tokens,
-            mean + shift.double().cpu(),
+            mean + shift,
             (square - total * mean).clamp_min(0),
             count,
         )
         largest = self._input_slice(index, module, "input_absmax")
-        torch.maximum(largest, inputs[2].amax(0), out=largest)
+        torch.maximum(largest, sums[2].amax(0), out=largest)
 
     def _input_slice(self, index: int, module: str, name: str) -> Tensor:
         start, stop = self._features[module][index : index + 2]
         return getattr(self.statistics.modules[module], name)[start:stop]
 
-    def finish(self) -> None:
-        """Fold the micro-batch into the statistics; raises ValueError naming a layer whose gradient is not finite."""
-        assert self._spans is not None
-        backward_order = sorted(self._records.items(), key=lambda item: item[0], reverse=True)
-        for (index, name), record in backward_order:
-            missing = set(record.matrices) - record.seen
-            if missing:
-                raise RuntimeError(
-                    f"layer {index}: no gradient reached {', '.join(sorted(missing))}; was backward run?"
-                )
-            if not torch.isfinite(record.vector).all() or not torch.isfinite(record.element).all():
-                parts = [p for p in reversed(record.matrices) if not _finite(record, p)]
-                raise ValueError(f"expected finite gradients, found NaN or inf in layer {index}, {name} ({parts[0]})")
-        for (index, name), record in self._records.items():
-            self._fold(self.statistics.modules[name], self._offsets[name][index], record)
+    def fold(self, batch: BatchRecord) -> None:
+        """Add a complete micro-batch to the statistics; see ``finish``."""
+        batch.check()
+        sequences = len(batch.spans)
+        for (index, name), record in batch.layers.items():
+            module, start = self.statistics.modules[name], self._offsets[name][index]
+            units, count = record.vector.shape[-1], module.salience.count
+            module.salience.narrow(start, units).merge_(record.moments())
+            assert record.inputs is not None  # complete records have it
+            self._add_inputs(index, name, batch.tokens, *record.inputs)
+            signed = module.signed.narrow(-1, start, units)
+            signed += (record.vector.mean(0) - signed) * (sequences / (count + sequences))
         for module in self.statistics.modules.values():
-            module.salience.count += len(self._spans)
-        self.statistics.tokens += int((self._spans[:, 1] - self._spans[:, 0]).sum())
-        self._records, self._spans = {}, None
-
-    @staticmethod
-    def _fold(module: ModuleStatistics, start: int, record: _LayerRecord) -> None:
-        sequences, _, units = record.vector.shape
-        count = module.salience.count
-        module.salience.narrow(start, units).merge_(record.moments())
-        signed = module.signed.narrow(-1, start, units)
-        signed += (record.vector.mean(0) - signed) * (sequences / (count + sequences))
+            module.salience.count += sequences
+        self.statistics.tokens += batch.tokens
 
     def _measure_weight(self, index: int, part: str, linear: nn.Linear) -> None:
         sizes = self.statistics.units.layers[index]
@@ -250,13 +209,73 @@ class Collector:
         module.weight_square[row, start : start + len(l1)] = square
 
 
+@contextmanager
+def collect(
+    model: PreTrainedModel,
+    spans: Tensor | None = None,
+    loss_scale: float = 1.0,
+    *,
+    checkpoint_layers: bool = False,
+    backend: str | None = None,
+) -> Iterator[Collector]:
+    """Collect importance statistics from anybody's loop; yields an object whose ``statistics`` fill up.
+
+        with saap.collect(model, loss_scale=1 / len(ids)) as collected:
+            model(input_ids=ids, labels=ids).loss.backward()
+        collected.statistics.save("model.stats.safetensors")
+
+    Every forward pass with gradients enabled counts once its backward pass has run. ``spans`` (S, 2) int32
+    gives the sequences of each forward as half-open row ranges of the flattened (batch, tokens); None takes
+    one sequence per row of the batch, from ``attention_mask`` where there is padding. The method's objective
+    is the SUM over sequences of each one's mean loss: ``loss_scale`` is what your loss has in its place, for
+    instance 1 / batch size for a mean over equally long rows.
+
+    Additive over any number of backward passes, one per forward. Training mode, requires_grad and ``.grad``
+    are left as found, also after an exception. Raises ValueError for models that ``discover`` refuses and,
+    naming layer and sequence, for gradients that are not finite; RuntimeError for a backward pass that
+    stopped half-way or ran twice, or when none ran at all.
+    """
+    collector = Collector(
+        model, discover(model), checkpoint_layers=checkpoint_layers, backend=backend, loss_scale=loss_scale
+    )
+    pending: list[BatchRecord] = []
+
+    def before_forward(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for batch in [batch for batch in pending if batch.complete]:
+            collector.fold(batch)
+            pending.remove(batch)
+        if torch.is_grad_enabled():
+            collector.begin(_spans_of_forward(spans, args, kwargs))
+            assert collector.batch is not None  # just begun
+            pending.append(collector.batch)
+
+    with collector:
+        decoder = model.get_submodule(collector.family.layers.rpartition(".")[0])  # some heads call it directly
+        handle = decoder.register_forward_pre_hook(before_forward, with_kwargs=True)
+        try:
+            yield collector
+        finally:
+            handle.remove()
+        for batch in pending:
+            if batch.started:
+                collector.fold(batch)
+        if not collector.statistics.sequences:
+            raise RuntimeError("expected a backward pass inside collect, none reached the model's layers")
+
+
+def _spans_of_forward(spans: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The caller's spans checked against the batch, or one per row of the batch."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    shape = kwargs["inputs_embeds"].shape if ids is None else ids.shape
+    if spans is None:
+        mask = kwargs.get("attention_mask")
+        return sequence_spans(torch.ones(shape[:2]) if mask is None else mask)
+    saap_kernels.check_spans(spans, shape[0] * shape[1])
+    return spans
+
+
 def _module_of(part: str) -> str:
     return "attention" if part in ("q", "k", "v", "o") else "mlp"
-
-
-def _finite(record: _LayerRecord, part: str) -> bool:
-    column = record.matrices.index(part)
-    return bool(torch.isfinite(record.vector[:, column]).all() and torch.isfinite(record.element[:, :, column]).all())
 
 
 def _feature_offsets(units: Units) -> dict[str, list[int]]:
@@ -264,13 +283,6 @@ def _feature_offsets(units: Units) -> dict[str, list[int]]:
     for layer in units.layers:
         heads.append(heads[-1] + layer.query_heads * layer.head_dim)
     return {"attention": heads, "mlp": units.offsets("mlp")}
-
-
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    return run
 
 
 def _weight_norms(linear: nn.Linear, sizes: LayerUnits, part: str, panel: int = 256) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Kernels for calibrating and running pruned language models; usable without the ``saap`` package."""
 
+from saap_kernels._checks import check_spans
 from saap_kernels.backend import available_backends, use_backend
 from saap_kernels.calibration import (
     activation_salience,
@@ -14,6 +15,7 @@ __all__ = [
     "activation_salience_statistics",
     "activation_statistics",
     "available_backends",
+    "check_spans",
     "coupled_salience",
     "use_backend",
     "weight_salience",
