@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from saap import distributed
 from saap.collect import Collector
 from saap.data import check_tokenizer, data_fingerprint, pack
 from saap.families import family_of, layers_of
@@ -39,8 +40,10 @@ def calibrate(
 
     ``data`` is a path (.txt, .jsonl), ``hub:name[:config]``, or an iterable of str, dict or int
     tensors; it is packed into ``samples`` sequences of ``seq_len`` tokens. ``batch_size`` is in
-    sequences. ``checkpoint`` recomputes each block's activations in the backward pass: True,
-    False, or "auto" (when they would not fit). ``progress(done, total)`` counts sequences.
+    sequences. Inside a torch.distributed process group every rank takes its share of the sequences and
+    all return the same merged statistics. ``checkpoint`` recomputes each block's activations in the
+    backward pass: True, False, or "auto" (when they would not fit). ``progress(done, total)`` counts
+    this process's sequences.
 
     No weight gets a gradient; weights, training mode and requires_grad are left as found. Raises
     ValueError, before the first forward pass, for models or data that cannot be used, and naming
@@ -56,16 +59,18 @@ def calibrate(
         raise ValueError(
             f"expected token ids below the vocabulary size {model.config.vocab_size}, got {int(ids.max())}"
         )
+    mine = distributed.share(ids)
     batch = resolve_batch(batch_size, seq_len, model.device)
     if checkpoint == "auto":
         checkpoint = activation_bytes(units, batch * seq_len, model.dtype) > 0.5 * available_bytes(model.device)
     scale = FP16_LOSS_SCALE if model.dtype == torch.float16 else 1.0
     with Collector(model, units, checkpoint_layers=bool(checkpoint), backend=backend, loss_scale=scale) as collector:
-        for start in range(0, len(ids), batch):
-            collect_batch(collector, ids[start : start + batch])
+        for start in range(0, len(mine), batch):
+            collect_batch(collector, mine[start : start + batch])
             if progress is not None:
-                progress(min(start + batch, len(ids)), len(ids))
+                progress(min(start + batch, len(mine)), len(mine))
     statistics = collector.statistics
+    distributed.all_reduce(statistics)
     statistics.data = (data_fingerprint(ids),)
     statistics.settings = {
         "samples": samples,
@@ -108,6 +113,7 @@ def _check_sizes(
 ) -> None:
     if samples < 1:
         raise ValueError(f"samples must be at least 1; got {samples}")
+    distributed.check_world(samples)
     longest = getattr(model.config, "max_position_embeddings", None) or seq_len
     if not 2 <= seq_len <= longest:
         raise ValueError(f"seq_len must lie between 2 and the model's {longest} positions; got {seq_len}")

@@ -11,8 +11,10 @@ from saap.calibrate import calibrate as measure_statistics
 from saap.checkpoint import load
 from saap.criteria import CRITERIA, score
 from saap.data import FORMS, load_documents
+from saap.distributed import process_group, refuse_ranks
 from saap.doctor import examine
 from saap.evaluate import evaluate
+from saap.memory import on_device
 from saap.plan import Plan
 from saap.search import search
 from saap.statistics import Statistics
@@ -54,7 +56,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 def _open(model: str, dtype: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model and its tokenizer (None when the directory has none)."""
-    loaded = load(model, dtype)
+    loaded = on_device(load(model, dtype))
     folder = Path(model)
     if folder.is_dir() and not list(folder.glob("*token*")):
         return loaded, None
@@ -127,6 +129,7 @@ def prune(
     """
     console.quiet_libraries()
     with console.user_errors(debug):
+        refuse_ranks("prune", "calibrate with torchrun, then prune with --statistics")
         options = {
             "ratio_of": ratio_of, "method": method, "multiple": multiple,
             "protect": _indices(protect), "uniform": uniform,
@@ -163,16 +166,20 @@ def calibrate(
     """Measure importance statistics once; every ratio, criterion and search can reuse them.
 
     Example: `saap calibrate my-llama --data text.jsonl --out my-llama.stats.safetensors`
+
+    On N devices: `torchrun --nproc-per-node N -m saap calibrate ...` shares the sequences among N processes.
     """
     console.quiet_libraries()
-    with console.user_errors(debug):
+    with console.user_errors(debug), process_group() as rank:
         pipeline.refuse_existing_file(out, force)
         load_documents(data)
         options = _calibration(samples, seq_len, batch_size, checkpoint, backend, seed)
         with console.screen.status("loading the model"):
             loaded, tokenizer = _open(model, dtype)
-        with console.progress("calibrating", "sequences") as bar:
+        with console.progress("calibrating", "sequences", shown=rank == 0) as bar:
             found = measure_statistics(loaded, tokenizer, data, **options, progress=bar)
+        if rank:
+            return
         found.save(out)
         summary = {"out": str(out), "sequences": found.sequences, "tokens": found.tokens, "family": found.units.family}
         if as_json:

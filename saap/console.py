@@ -54,10 +54,10 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress(title: str, unit: str) -> Iterator[Any]:
+def progress(title: str, unit: str, shown: bool = True) -> Iterator[Any]:
     """A progress bar with a rate; yields a function of (done, total)."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=screen, transient=True) as bar:
+    with Progress(*columns, console=screen, transient=True, disable=not shown) as bar:
         task = bar.add_task(title, total=None, unit=unit)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

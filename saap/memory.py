@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from saap.units import Units
 
@@ -32,3 +33,13 @@ def available_bytes(device: torch.device) -> int:
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def on_device(model: PreTrainedModel) -> PreTrainedModel:
+    """Move the model to the current CUDA device if there is one and the weights leave a tenth of it free."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        if weights < 0.9 * available_bytes(device):
+            return model.to(device)  # type: ignore[arg-type]  # stubs of to() know no torch.device
+    return model

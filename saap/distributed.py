@@ -1,0 +1,111 @@
+"""Data-parallel calibration: every rank measures its share of the sequences, moments are all-reduced.
+
+We write no launcher: ``torchrun --nproc-per-node N -m saap calibrate ...`` starts the ranks.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from torch import Tensor, distributed
+
+from saap.moments import Moments
+from saap.statistics import ModuleStatistics, Statistics
+
+TIMEOUT = timedelta(minutes=30)  # one rank may be that much slower than another before the job fails
+
+
+@contextmanager
+def process_group() -> Iterator[int]:
+    """Join the group that torchrun launched, if it did, for the time of the context; yields this process's rank.
+
+    Statistics are small and live on the CPU, so gloo reduces them whatever the model runs on.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+        yield rank()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        yield rank()
+    finally:
+        distributed.destroy_process_group()
+
+
+def refuse_ranks(command: str, instead: str) -> None:
+    """Raise ValueError when torchrun launched several processes of a command that only one may run."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        raise ValueError(f"saap {command} runs in one process, torchrun started {ranks}: {instead}")
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes that share the calibration set; 1 without a process group."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def check_world(samples: int) -> None:
+    """Raise ValueError unless every rank gets a sequence."""
+    if samples < world_size():
+        raise ValueError(f"expected at least one sequence per process; got {samples} for {world_size()} processes")
+
+
+def share(ids: Tensor) -> Tensor:
+    """This rank's consecutive rows of the packed sequences (N, T); all rows without a process group."""
+    return ids if world_size() == 1 else ids.tensor_split(world_size())[rank()]
+
+
+def all_reduce(statistics: Statistics) -> None:
+    """Replace each rank's statistics by those of all ranks' sequences together, in place and equal on every rank.
+
+    Means are summed weighted by counts, then the deviations about the common mean: the exact merge of
+    Chan, Golub and LeVeque (1983). Does nothing without a process group.
+    """
+    if world_size() == 1:
+        return
+    sequences, tokens = statistics.sequences, statistics.tokens
+    total = torch.tensor([sequences, tokens])
+    distributed.all_reduce(total)
+    all_sequences, all_tokens = (int(value) for value in total)
+    for module in statistics.modules.values():
+        module.signed.copy_(_mean(module.signed, sequences, all_sequences))
+        _reduce_inputs(module, tokens, all_tokens)
+        _reduce_moments(module.salience, all_sequences)
+    statistics.tokens = all_tokens
+
+
+def _reduce_moments(moments: Moments, total: int) -> None:
+    vector = _mean(moments.vector_mean, moments.count, total)
+    element = _mean(moments.element_mean, moments.count, total)
+    vector_gap, element_gap = moments.vector_mean - vector, moments.element_mean - element
+    moments.vector_m2 += moments.count * vector_gap.square()
+    moments.element_m2 += moments.count * element_gap.square()
+    moments.cross += moments.count * vector_gap * element_gap
+    for tensor in (moments.vector_m2, moments.element_m2, moments.cross):
+        distributed.all_reduce(tensor)
+    moments.vector_mean.copy_(vector)
+    moments.element_mean.copy_(element)
+    moments.count = total
+
+
+def _reduce_inputs(module: ModuleStatistics, tokens: int, total: int) -> None:
+    mean = _mean(module.input_mean, tokens, total)
+    module.input_m2 += tokens * (module.input_mean - mean).square()
+    distributed.all_reduce(module.input_m2)
+    distributed.all_reduce(module.input_absmax, op=distributed.ReduceOp.MAX)
+    module.input_mean.copy_(mean)
+
+
+def _mean(local: Tensor, count: int, total: int) -> Tensor:
+    result = local * (count / total)
+    distributed.all_reduce(result)
+    return result
