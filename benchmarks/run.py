@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.common import print_rows
 
-BENCHMARKS = ("replan", "calibrate_model", "criteria")
+BENCHMARKS = ("replan", "calibration_kernels", "calibrate_model", "criteria")
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Calibration: one forward and one backward pass over sample text, giving Statistics."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -40,10 +41,11 @@ def calibrate(
 
     ``data`` is a path (.txt, .jsonl), ``hub:name[:config]``, or an iterable of str, dict or int
     tensors; it is packed into ``samples`` sequences of ``seq_len`` tokens. ``batch_size`` is in
-    sequences. Inside a torch.distributed process group every rank takes its share of the sequences and
-    all return the same merged statistics. ``checkpoint`` recomputes each block's activations in the
-    backward pass: True, False, or "auto" (when they would not fit). ``progress(done, total)`` counts
-    this process's sequences.
+    sequences and is halved, with a warning, when a device runs out of memory. Inside a
+    torch.distributed process group every rank takes its share of the sequences and all return the
+    same merged statistics. ``checkpoint`` recomputes each block's activations in the backward pass:
+    True, False, or "auto" (when they would not fit). ``progress(done, total)`` counts this process's
+    sequences.
 
     No weight gets a gradient; weights, training mode and requires_grad are left as found. Raises
     ValueError, before the first forward pass, for models or data that cannot be used, and naming
@@ -65,10 +67,7 @@ def calibrate(
         checkpoint = activation_bytes(units, batch * seq_len, model.dtype) > 0.5 * available_bytes(model.device)
     scale = FP16_LOSS_SCALE if model.dtype == torch.float16 else 1.0
     with Collector(model, units, checkpoint_layers=bool(checkpoint), backend=backend, loss_scale=scale) as collector:
-        for start in range(0, len(mine), batch):
-            collect_batch(collector, mine[start : start + batch])
-            if progress is not None:
-                progress(min(start + batch, len(mine)), len(mine))
+        _collect_all(collector, mine, batch, progress)
     statistics = collector.statistics
     distributed.all_reduce(statistics)
     statistics.data = (data_fingerprint(ids),)
@@ -79,6 +78,24 @@ def calibrate(
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     return statistics
+
+
+def _collect_all(collector: Collector, ids: Tensor, batch: int, progress: Progress | None) -> None:
+    """Every sequence once, in micro-batches that are halved, with a warning, when the device runs out of memory."""
+    done = 0
+    while done < len(ids):
+        try:
+            collect_batch(collector, ids[done : done + batch])
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch //= 2
+            warnings.warn(f"out of device memory: going on with micro-batches of {batch} sequences", stacklevel=3)
+            torch.cuda.empty_cache()
+            continue
+        done = min(done + batch, len(ids))
+        if progress is not None:
+            progress(done, len(ids))
 
 
 def collect_batch(collector: Collector, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

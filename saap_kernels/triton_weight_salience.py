@@ -158,7 +158,7 @@ def weight_salience(
     for start in range(0, len(ranges), step):
         partial = _launch(operands, ranges[start : start + step], want, ("abs", "square", "mixed"), scale, config)
         sums = partial.unflatten(-1, (-1, unit_size)).sum((2, 4))  # [want, s, U]
-        parts.append(sums * torch.tensor(factors, device=x.device)[:, None, None])
+        parts.append(_scaled(sums, factors))
     result = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     if bias is not None:
         result += reference.bias_salience(dy, bias, spans, unit_size, want, scale)
@@ -174,8 +174,8 @@ def coupled_salience(
     config = config or operands.config(coupled=True)
     names = ("first", "second", "mixed")
     partial = _launch(operands, as_spans(spans), want, names, scale, config, coupled=True)
-    factors = torch.tensor(_factors(want, names, scale), device=x.device) / len(spans)
-    result = partial.unflatten(-1, (-1, unit_size)).sum((1, 2, 4)) * factors[:, None]
+    factors = [factor / len(spans) for factor in _factors(want, names, scale)]
+    result = _scaled(partial.unflatten(-1, (-1, unit_size)).sum((1, 2, 4)), factors)
     if bias is not None:
         result += reference.coupled_bias_salience(dy, bias, spans, unit_size, want, scale)
     return result
@@ -184,6 +184,14 @@ def coupled_salience(
 def _factors(want: Sequence[str], names: Sequence[str], scale: float) -> list[float]:
     """What turns sums over t = s / scale into sums over s; "mixed" has the inner scale already."""
     return [scale * scale if name == names[1] else abs(scale) for name in want]
+
+
+def _scaled(sums: Tensor, factors: list[float]) -> Tensor:
+    """Each plane times its factor, in place: no tensor comes from the host, so graphs can capture it."""
+    for plane, factor in zip(sums, factors, strict=True):
+        if factor != 1.0:
+            plane.mul_(factor)
+    return sums
 
 
 @dataclass(frozen=True)

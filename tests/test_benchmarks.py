@@ -8,7 +8,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("name", ["replan", "criteria", "calibrate_model"])
+@pytest.mark.parametrize("name", ["replan", "criteria", "calibrate_model", "calibration_kernels"])
 def test_quick_run_writes_rows(tmp_path, name: str) -> None:
     target = tmp_path / "rows.json"
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", str(target)]

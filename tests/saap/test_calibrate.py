@@ -1,11 +1,14 @@
 """Calibration against brute-force autograd, and everything that must not change its result."""
 
+import sys
+
 import pytest
 import torch
 
 from saap.calibrate import calibrate, collect_batch
 from saap.collect import Collector
 from saap.families import family_of, layers_of, linears_of
+from saap.loss import backward_sequence_losses
 from saap.moments import Moments
 from saap.statistics import ORDERS, Statistics
 from saap.units import MODULES, discover, unit_masks
@@ -209,6 +212,33 @@ def test_calibrate_twice_is_bitwise_equal_and_reports_progress(tmp_path) -> None
     second.save(tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     assert_same(Statistics.load(tmp_path / "a.safetensors"), first)
+
+
+def test_running_out_of_memory_halves_the_micro_batch_and_loses_nothing(monkeypatch) -> None:
+    model, ids = tiny_model("llama"), token_ids(7)
+    options = {"data": ids, "samples": 7, "seq_len": 12}
+    whole = calibrate(model, **options, batch_size=8)
+    real, sizes = backward_sequence_losses, []
+
+    def small_device(model, input_ids, *rest):
+        sizes.append(len(input_ids))
+        losses = real(model, input_ids, *rest)  # memory runs out after some layers have reported
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("planted")
+        return losses
+
+    module = sys.modules["saap.calibrate"]  # the package's attribute of that name is the function
+    monkeypatch.setattr(module, "backward_sequence_losses", small_device)
+    with pytest.warns(UserWarning, match="micro-batches of 2 sequences"):
+        assert_same(calibrate(model, **options, batch_size=8), whole)
+    assert sizes == [7, 4, 2, 2, 2, 1]
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(module, "backward_sequence_losses", no_memory)
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning):
+        calibrate(model, **options, batch_size=8)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
