@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 TRANSFORMERS ?= transformers==5.17.0
 GPU_PYTHON ?= python3
+RESULTS ?= benchmarks/results
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -16,7 +17,7 @@ help:
 	@echo "make test    all tests that need no GPU"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   all benchmarks"
-	@echo "make gpu     build with CUDA, run the GPU tests and the benchmarks (GPU_PYTHON=python3)"
+	@echo "make gpu     build with CUDA, run the GPU tests and the benchmarks (GPU_PYTHON=python3, RESULTS=benchmarks/results)"
 	@echo "make clean   remove the virtual environment and build output"
 
 $(VENV)/bin/python:
@@ -49,7 +50,8 @@ bench: $(STAMP)
 gpu:
 	SAAP_BUILD_CUDA=1 $(GPU_PYTHON) setup.py build_ext --inplace
 	$(GPU_PYTHON) -m pytest -q -m gpu tests
-	$(GPU_PYTHON) -m benchmarks.run --json build/gpu.json
+	$(GPU_PYTHON) -m benchmarks.compile_report
+	$(GPU_PYTHON) -m benchmarks.run --results $(RESULTS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info saap_kernels/_C*.so .mypy_cache .pytest_cache .ruff_cache .benchmarks

@@ -39,3 +39,13 @@ def test_removing_random_units_of_the_shipped_model_clearly_hurts() -> None:
         ratio[name] = perplexity(pruned, tokenizer, text) / dense
     # with 24 KV groups and 4224 channels, one seed and 20 % off, random costs tens of per cent
     assert ratio["random"] > 1.3 and ratio["saap"] < 1.1
+
+
+def test_results_are_one_json_and_one_markdown_table_per_device(tmp_path) -> None:
+    from benchmarks.common import Row
+    from benchmarks.run import write_results
+
+    write_results(tmp_path, [Row.compare("case", 1.0, 4.0, "s", "<= 0.5"), Row.single("alone", 2.0, "GB/s")])
+    (table,) = tmp_path.glob("*.md")
+    assert "| case | 1.000 | 4.000 | 0.250 | s | <= 0.5 |" in table.read_text()
+    assert json.loads(table.with_suffix(".json").read_text())[1]["peer"] is None
