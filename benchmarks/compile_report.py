@@ -8,7 +8,7 @@ the matrix instructions (stack bytes may hold values that are used once per tile
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,9 +99,13 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def weight_salience_report(
-    capability: int, dtype: torch.dtype, config: TileConfig, *, coupled: bool, axis: str, want: int = 3
-) -> Report:
-    """One specialisation of the weight salience kernel; ``want`` orders are computed."""
+    capability: int, dtype: torch.dtype, config: TileConfig, *, coupled: bool, axis: str, want: int = 3,
+    ones: Sequence[str] = (),
+) -> Report:  # fmt: skip
+    """One specialisation of the weight salience kernel; ``want`` orders are computed, integers in ``ones`` are 1.
+
+    Triton makes constants of integer arguments that are 1, as on weights of a single row.
+    """
     kind = NAMES[dtype]
     pointers = dict.fromkeys(("p", "q", "w"), f"*{kind}") | {"blocks": "*i32", "partial": "*fp32"}
     integers = (
@@ -117,7 +121,7 @@ def weight_salience_report(
         "DESCRIPTORS": config.descriptors, "EXACT_FP32": dtype == torch.float32, "BLOCK_U": config.block_u,
         "BLOCK_R": config.block_r, "BLOCK_T": config.block_t, "GROUP_U": 8,
         "w_stride_r" if axis == "out" else "w_stride_u": 1,
-    }  # fmt: skip
+    } | dict.fromkeys(ones, 1)  # fmt: skip
     divisible = {"p", "q", "w", "blocks", "partial", "U", "R", "plane", "w_stride_u", "w_stride_r"}
     if not config.descriptors:
         divisible |= {"p_descriptor", "q_descriptor"}

@@ -59,3 +59,14 @@ def test_tiles_are_chosen_by_class_of_shape_not_by_exact_width() -> None:
     wide = {choose_config(lines, 4096, **options) for lines in range(10_000, 11_009, 7)}
     assert len(wide) == 1
     assert choose_config(512, 4096, **options) not in wide
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_kernels_compile_where_sizes_of_one_become_constants(coupled: bool) -> None:
+    from benchmarks.compile_report import weight_salience_report
+    from saap_kernels.triton_weight_salience import choose_config
+
+    config = choose_config(1, 1, torch.bfloat16, coupled=coupled, processors=132, capability=90)
+    ones = ("U", "R", "p_columns8", "q_columns8", "p_pitch8", "q_pitch8", "w_stride_u", "block_count", "plane")
+    report = weight_salience_report(90, torch.bfloat16, config, coupled=coupled, axis="out", ones=ones)
+    assert report.tensor_core > 0
