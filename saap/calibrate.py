@@ -35,6 +35,7 @@ def calibrate(
     checkpoint: bool | str = "auto",
     backend: str | None = None,
     seed: int = 0,
+    coupled: bool = False,
     progress: Progress | None = None,
 ) -> Statistics:
     """Measure the importance statistics of every unit of ``model`` (method section 2a).
@@ -44,7 +45,8 @@ def calibrate(
     sequences and is halved, with a warning, when a device runs out of memory. Inside a
     torch.distributed process group every rank takes its share of the sequences and all return the
     same merged statistics. ``checkpoint`` recomputes each block's activations in the backward pass:
-    True, False, or "auto" (when they would not fit). ``progress(done, total)`` counts this process's
+    True, False, or "auto" (when they would not fit). ``coupled`` also measures LLM-Pruner's coupled
+    salience, for which all samples form one micro-batch. ``progress(done, total)`` counts this process's
     sequences.
 
     No weight gets a gradient; weights, training mode and requires_grad are left as found. Raises
@@ -52,7 +54,7 @@ def calibrate(
     the layer when weights, loss or gradients are not finite.
     """
     units = discover(model)
-    _check_sizes(model, samples, seq_len, batch_size, checkpoint)
+    _check_sizes(model, samples, seq_len, batch_size, checkpoint, coupled)
     refuse_nonfinite_weights(model, family_of(model))
     if tokenizer is not None:
         check_tokenizer(model, tokenizer)
@@ -62,11 +64,12 @@ def calibrate(
             f"expected token ids below the vocabulary size {model.config.vocab_size}, got {int(ids.max())}"
         )
     mine = distributed.share(ids)
-    batch = resolve_batch(batch_size, seq_len, model.device)
+    batch = samples if coupled else resolve_batch(batch_size, seq_len, model.device)
     if checkpoint == "auto":
         checkpoint = activation_bytes(units, batch * seq_len, model.dtype) > 0.5 * available_bytes(model.device)
     scale = FP16_LOSS_SCALE if model.dtype == torch.float16 else 1.0
-    with Collector(model, units, checkpoint_layers=bool(checkpoint), backend=backend, loss_scale=scale) as collector:
+    options = {"checkpoint_layers": bool(checkpoint), "backend": backend, "loss_scale": scale, "coupled": coupled}
+    with Collector(model, units, **options) as collector:  # type: ignore[arg-type]  # a dict of mixed values
         _collect_all(collector, mine, batch, progress)
     statistics = collector.statistics
     distributed.all_reduce(statistics)
@@ -87,7 +90,7 @@ def _collect_all(collector: Collector, ids: Tensor, batch: int, progress: Progre
         try:
             collect_batch(collector, ids[done : done + batch])
         except torch.OutOfMemoryError:
-            if batch == 1:
+            if batch == 1 or collector.coupled:
                 raise
             batch //= 2
             warnings.warn(f"out of device memory: going on with micro-batches of {batch} sequences", stacklevel=3)
@@ -126,7 +129,7 @@ def resolve_batch(batch_size: int | str, seq_len: int, device: torch.device) -> 
 
 
 def _check_sizes(
-    model: PreTrainedModel, samples: int, seq_len: int, batch_size: int | str, checkpoint: bool | str
+    model: PreTrainedModel, samples: int, seq_len: int, batch_size: int | str, checkpoint: bool | str, coupled: bool
 ) -> None:
     if samples < 1:
         raise ValueError(f"samples must be at least 1; got {samples}")
@@ -134,6 +137,11 @@ def _check_sizes(
     longest = getattr(model.config, "max_position_embeddings", None) or seq_len
     if not 2 <= seq_len <= longest:
         raise ValueError(f"seq_len must lie between 2 and the model's {longest} positions; got {seq_len}")
+    if coupled and (distributed.world_size() > 1 or batch_size not in ("auto", samples)):
+        raise ValueError(
+            f"coupled statistics need all {samples} samples in one micro-batch of one process; "
+            f"got batch_size {batch_size} and {distributed.world_size()} processes"
+        )
     if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f'batch_size must be "auto" or a positive integer; got {batch_size!r}')
     if checkpoint not in (True, False, "auto"):

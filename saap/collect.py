@@ -45,15 +45,20 @@ class Collector:
         checkpoint_layers: bool = False,
         backend: str | None = None,
         loss_scale: float = 1.0,
+        coupled: bool = False,
     ) -> None:
         self.model = model
         self.family: Family = family_of(model, units.family)
         self.statistics = Statistics.zeros(units)
         self.checkpoint_layers = checkpoint_layers
+        self.coupled = coupled
         self.backend = backend
         self.scale = 1.0 / loss_scale
         self._offsets = {module: units.offsets(module) for module in self.statistics.modules}
         self._features = _feature_offsets(units)
+        if coupled:
+            for module in self.statistics.modules.values():
+                module.coupled = torch.zeros(len(ELEMENT_WANT), *module.signed.shape, dtype=torch.float64)
         self._matrices = {name: module.matrices for name, module in self.statistics.modules.items()}
         self.batch: BatchRecord | None = None
         self._undo: list[Callable[[], object]] = []
@@ -131,8 +136,10 @@ class Collector:
         return run
 
     def begin(self, spans: Tensor) -> None:
-        """Start a micro-batch of len(spans) sequences."""
-        self.batch = BatchRecord(spans, self.statistics.units.layers, self._matrices)
+        """Start a micro-batch of len(spans) sequences; RuntimeError for a second one of coupled statistics."""
+        if self.coupled and (self.batch is not None or self.statistics.sequences):
+            raise RuntimeError("coupled statistics are exact for one forward and backward pass only, got a second one")
+        self.batch = BatchRecord(spans, self.statistics.units.layers, self._matrices, self.coupled)
 
     def finish(self) -> None:
         """Fold the micro-batch into the statistics; raises ValueError naming a layer whose gradient is not finite."""
@@ -150,10 +157,12 @@ class Collector:
         x, dy, spans = x.contiguous(), dy.contiguous(), batch.spans
         inside = part in IN_PARTS
         with saap_kernels.use_backend(self.backend):
-            element = saap_kernels.weight_salience(
-                x, dy, linear.weight, spans, axis="in" if inside else "out", unit_size=size,
-                bias=None if inside else linear.bias, want=ELEMENT_WANT, scale=self.scale,
-            )  # fmt: skip
+            options = {
+                "axis": "in" if inside else "out", "unit_size": size,
+                "bias": None if inside else linear.bias, "scale": self.scale,
+            }  # fmt: skip
+            element = saap_kernels.weight_salience(x, dy, linear.weight, spans, want=ELEMENT_WANT, **options)
+            coupled = saap_kernels.coupled_salience(x, dy, linear.weight, spans, **options) if self.coupled else None
             if inside:
                 shift = self._input_slice(index, module, "input_mean").to(x.device, torch.float32)
                 vector, inputs = saap_kernels.activation_salience_statistics(
@@ -163,7 +172,12 @@ class Collector:
             else:
                 assert y is not None  # kept for every part whose rows belong to units
                 vector = saap_kernels.activation_salience(y, dy, spans, unit_size=size)
-        batch.layers[index, module].put(part, vector.double().cpu() * self.scale, element.double().cpu())
+        batch.layers[index, module].put(
+            part,
+            vector.double().cpu() * self.scale,
+            element.double().cpu(),
+            None if coupled is None else coupled.double().cpu(),
+        )
 
     def _add_inputs(self, index: int, module: str, count: int, shift: Tensor, sums: Tensor) -> None:
         total, square = sums[:2].sum(1)  # each [C], about shift
@@ -193,6 +207,9 @@ class Collector:
             module.salience.narrow(start, units).merge_(record.moments())
             assert record.inputs is not None  # complete records have it
             self._add_inputs(index, name, batch.tokens, *record.inputs)
+            if record.coupled is not None:
+                assert module.coupled is not None  # made on entry
+                module.coupled[..., start : start + units] = record.coupled
             signed = module.signed.narrow(-1, start, units)
             signed += (record.vector.mean(0) - signed) * (sequences / (count + sequences))
         for module in self.statistics.modules.values():
@@ -217,6 +234,7 @@ def collect(
     *,
     checkpoint_layers: bool = False,
     backend: str | None = None,
+    coupled: bool = False,
 ) -> Iterator[Collector]:
     """Collect importance statistics from anybody's loop; yields an object whose ``statistics`` fill up.
 
@@ -230,13 +248,19 @@ def collect(
     is the SUM over sequences of each one's mean loss: ``loss_scale`` is what your loss has in its place, for
     instance 1 / batch size for a mean over equally long rows.
 
-    Additive over any number of backward passes, one per forward. Training mode, requires_grad and ``.grad``
+    Additive over any number of backward passes, one per forward; with ``coupled``, LLM-Pruner's coupled
+    salience (the absolute value after the mean over sequences) too, for one pass only. Training mode, requires_grad and ``.grad``
     are left as found, also after an exception. Raises ValueError for models that ``discover`` refuses and,
     naming layer and sequence, for gradients that are not finite; RuntimeError for a backward pass that
     stopped half-way or ran twice, or when none ran at all.
     """
     collector = Collector(
-        model, discover(model), checkpoint_layers=checkpoint_layers, backend=backend, loss_scale=loss_scale
+        model,
+        discover(model),
+        checkpoint_layers=checkpoint_layers,
+        backend=backend,
+        loss_scale=loss_scale,
+        coupled=coupled,
     )
     pending: list[BatchRecord] = []
 

@@ -98,9 +98,15 @@ def vector(stats: Statistics, *, order: str = "first", aggregation: str = "sum")
     return _scores(stats, _importance(stats, "vector", order, aggregation), settings)
 
 
-def element(stats: Statistics, *, order: str = "first", aggregation: str = "sum") -> Scores:
-    """Element-wise Taylor importance: the sum over weights of |s|, s^2 or |s - s^2/2| (section 2a)."""
+def element(stats: Statistics, *, order: str = "first", aggregation: str = "sum", coupled: bool = False) -> Scores:
+    """Element-wise Taylor importance: the sum over weights of |s|, s^2 or |s - s^2/2| (section 2a).
+
+    ``coupled`` takes absolute values after the mean over sequences, as LLM-Pruner does; it needs statistics
+    collected with ``coupled=True``.
+    """
     settings = {"criterion": "element", "order": order, "aggregation": aggregation}
+    if coupled:
+        return _scores(stats, _coupled_importance(stats, order, aggregation), settings | {"coupled": True})
     return _scores(stats, _importance(stats, "element", order, aggregation), settings)
 
 
@@ -170,6 +176,21 @@ def _aggregate(module: ModuleStatistics, kind: str, order: int, aggregation: str
     if aggregation == "max":
         return matrices.amax(0)
     return values[module.rows.index(aggregation)]
+
+
+def _coupled_importance(stats: Statistics, order: str, aggregation: str) -> list[Tensor]:
+    _check_option("order", order, ORDERS)
+    reduce = {
+        "sum": lambda m: m.sum(0),
+        "prod": lambda m: m.prod(0),
+        "max": lambda m: m.amax(0),
+        "last": lambda m: m[-1],
+    }
+    _check_option("aggregation", aggregation, tuple(reduce))
+    values = [stats.modules[name].coupled for name in MODULES]
+    if any(value is None for value in values):
+        raise ValueError("expected statistics with coupled salience, got none; collect them with coupled=True")
+    return [reduce[aggregation](value[ORDERS.index(order)]) for value in values if value is not None]
 
 
 def _twice_mean(importance: list[Tensor]) -> Tensor:

@@ -72,6 +72,8 @@ def all_reduce(statistics: Statistics) -> None:
     """
     if world_size() == 1:
         return
+    if any(module.coupled is not None for module in statistics.modules.values()):
+        raise ValueError("coupled statistics are exact for one backward pass only and cannot be all-reduced")
     sequences, tokens = statistics.sequences, statistics.tokens
     total = torch.tensor([sequences, tokens])
     distributed.all_reduce(total)

@@ -33,19 +33,22 @@ class RecordedLinear(torch.autograd.Function):
 class LayerRecord:
     """Per-sequence sums of one layer and one module while a micro-batch runs backward."""
 
-    def __init__(self, matrices: tuple[str, ...], units: int, sequences: int) -> None:
+    def __init__(self, matrices: tuple[str, ...], units: int, sequences: int, coupled: bool) -> None:
         self.matrices = matrices
         self.vector = torch.zeros(sequences, len(matrices), units, dtype=torch.float64)  # [S, M, U]
         self.element = torch.zeros(len(ORDERS), sequences, len(matrices), units, dtype=torch.float64)  # [3, S, M, U]
+        self.coupled = torch.zeros(len(ORDERS), len(matrices), units, dtype=torch.float64) if coupled else None
         self.seen: set[str] = set()
         self.inputs: tuple[Tensor, Tensor] | None = None  # shift (C,), sums (3, S, C) of the input of o or down
 
-    def put(self, part: str, vector: Tensor, element: Tensor) -> None:
+    def put(self, part: str, vector: Tensor, element: Tensor, coupled: Tensor | None) -> None:
         if part in self.seen:
             raise RuntimeError(f"a second backward pass reached {part}: run one backward per forward")
         column = self.matrices.index(part)
         self.vector[:, column] = vector
         self.element[:, :, column] = element
+        if self.coupled is not None:
+            self.coupled[:, column] = coupled
         self.seen.add(part)
 
     def nonfinite(self) -> tuple[str, int] | None:
@@ -75,11 +78,13 @@ def vector_orders(signed: Tensor) -> Tensor:
 class BatchRecord:
     """The sequences of one forward pass and what its backward pass reported, by layer and module."""
 
-    def __init__(self, spans: Tensor, layers: tuple[LayerUnits, ...], matrices: dict[str, tuple[str, ...]]) -> None:
+    def __init__(
+        self, spans: Tensor, layers: tuple[LayerUnits, ...], matrices: dict[str, tuple[str, ...]], coupled: bool
+    ) -> None:
         self.spans = spans
         self.tokens = int((spans[:, 1] - spans[:, 0]).sum())
         self.layers = {
-            (index, name): LayerRecord(parts, sizes.count(name), len(spans))
+            (index, name): LayerRecord(parts, sizes.count(name), len(spans), coupled)
             for index, sizes in enumerate(layers)
             for name, parts in matrices.items()
         }

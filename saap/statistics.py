@@ -31,6 +31,8 @@ class ModuleStatistics:
       vector-wise (IV) and element-wise (IE) importance, method section 2a.
     - ``signed``: (M, U) mean over sequences of a[u, n], the signed first-order sum.
     - ``weight_l1``, ``weight_square``: (M, U) sum of |w| and of w^2 over the unit, biases included.
+    - ``coupled``: (3, M, U) sum over the unit of |mean_n s|, |mean_n s^2| and |mean_n s - mean_n s^2 / 2|, or
+      None. Exact for the sequences of one backward pass only, so it is neither accumulated nor merged.
     - ``input_mean``, ``input_m2``, ``input_absmax``: (C,) of the input of o or down over tokens.
     """
 
@@ -42,6 +44,7 @@ class ModuleStatistics:
     input_mean: Tensor
     input_m2: Tensor
     input_absmax: Tensor
+    coupled: Tensor | None = None
 
     PLAIN = ("signed", "weight_l1", "weight_square", "input_mean", "input_m2", "input_absmax")
 
@@ -58,6 +61,8 @@ class ModuleStatistics:
 
     def tensors(self) -> dict[str, Tensor]:
         plain = {name: getattr(self, name) for name in self.PLAIN}
+        if self.coupled is not None:
+            plain["coupled"] = self.coupled
         return plain | {f"salience.{name}": tensor for name, tensor in self.salience.tensors().items()}
 
     def merge_(self, other: "ModuleStatistics", tokens: int, other_tokens: int) -> None:
@@ -118,6 +123,8 @@ class Statistics:
                 f"expected statistics of one model, got fingerprints {self.units.fingerprint} "
                 f"and {other.units.fingerprint}"
             )
+        if any(m.coupled is not None for part in (self, other) for m in part.modules.values()):
+            raise ValueError("coupled statistics are exact for one backward pass only and cannot be merged")
         shared = set(self.data) & set(other.data)
         if shared:
             raise ValueError(f"both statistics cover the same calibration data ({', '.join(sorted(shared))})")
@@ -181,6 +188,8 @@ class Statistics:
                     raise ValueError(f"{path}: expected {STATISTICS_FORMAT}, got format {metadata.get('format')!r}")
                 statistics = cls.zeros(Units.from_json(metadata["units"]))
                 for name, module in statistics.modules.items():
+                    if f"{name}.coupled" in file.keys():
+                        module.coupled = torch.zeros(len(ORDERS), *module.signed.shape, dtype=torch.float64)
                     for key, tensor in module.tensors().items():
                         stored = file.get_tensor(f"{name}.{key}")
                         if stored.shape != tensor.shape:

@@ -91,3 +91,48 @@ def test_misuse_is_named_and_the_model_left_as_found() -> None:
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not [m for m in model.modules() if "forward" in m.__dict__]
     assert discover(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_coupled_salience_takes_the_mean_over_sequences_first(family: str, tmp_path) -> None:
+    from saap.families import family_of, layers_of, linears_of
+    from tests.saap.oracle import sequence_loss
+
+    model, ids = tiny_model(family), token_ids(3)
+    statistics = saap.calibrate(model, data=ids, samples=3, seq_len=12, coupled=True)
+    layer = linears_of(layers_of(model, family_of(model))[1], family_of(model))
+    for part, axis, size in (("up", 1, 1), ("down", 0, 1), ("q", 1, statistics.units.layers[1].rows_per_unit("q"))):
+        linear, saliences, of_bias = layer[part], [], []
+        for sequence in ids:
+            model.zero_grad()
+            sequence_loss(model, sequence).backward()
+            saliences.append((linear.weight * linear.weight.grad).detach())
+            of_bias.append((linear.bias * linear.bias.grad).detach() if linear.bias is not None and axis else None)
+        mean, square = sum(saliences) / 3, sum(s.square() for s in saliences) / 3
+        lines = (mean - square / 2).abs().sum(axis)
+        if of_bias[0] is not None:
+            lines = lines + (sum(of_bias) / 3 - sum(b.square() for b in of_bias) / 6).abs()
+        module = statistics.modules["attention" if part == "q" else "mlp"]
+        start, stop = statistics.units.offsets("attention" if part == "q" else "mlp")[1:3]
+        found = module.coupled[2, module.matrices.index(part), start:stop]
+        torch.testing.assert_close(found, lines.view(-1, size).sum(1), rtol=1e-8, atol=1e-14)
+    model.zero_grad()
+    statistics.save(tmp_path / "s.safetensors")
+    loaded = saap.Statistics.load(tmp_path / "s.safetensors")
+    scores = saap.score(loaded, "element", order="mixed", coupled=True)
+    torch.testing.assert_close(scores.mlp, statistics.modules["mlp"].coupled[2].sum(0))
+
+
+def test_coupled_statistics_of_more_than_one_pass_are_refused() -> None:
+    model, ids = tiny_model("llama"), token_ids(4)
+    with pytest.raises(RuntimeError, match="one forward and backward pass only"), saap.collect(model, coupled=True):
+        for part in ids.split(2):
+            loss_of(model, part).backward()
+    with pytest.raises(ValueError, match="need all 4 samples in one micro-batch of one process; got batch_size 2"):
+        saap.calibrate(model, data=ids, samples=4, seq_len=12, batch_size=2, coupled=True)
+    first, second = (saap.calibrate(model, data=part, samples=2, seq_len=12, coupled=True) for part in ids.split(2))
+    with pytest.raises(ValueError, match="cannot be merged"):
+        first.merge(second)
+    plain = saap.calibrate(model, data=ids, samples=4, seq_len=12)
+    with pytest.raises(ValueError, match="collect them with coupled=True"):
+        saap.score(plain, "element", coupled=True)
