@@ -4,6 +4,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 TRANSFORMERS ?= transformers==5.17.0
+# The CPU build of torch brings no Triton; its compiler checks the GPU kernels in the tests.
+TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
 GPU_PYTHON ?= python3
 RESULTS ?= benchmarks/results
 RUN := $(VENV)/bin/python
@@ -25,7 +27,7 @@ $(VENV)/bin/python:
 
 $(STAMP): $(VENV)/bin/python pyproject.toml setup.py $(wildcard csrc/*)
 	$(RUN) -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(RUN) -m pip install --quiet "$(TRANSFORMERS)" -e ".[dev]"
+	$(RUN) -m pip install --quiet "$(TRANSFORMERS)" $(TRITON) -e ".[dev]"
 	@touch $@
 
 demo: $(STAMP)

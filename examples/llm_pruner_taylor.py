@@ -2,7 +2,8 @@
 
 LLM-Pruner runs a backward pass per sample for squared gradients, another for the whole batch, and keeps
 two weight-sized buffers. The lines between the markers replace that step; ``importance`` then holds, per
-layer, what its local ranking sorts: one number per KV group and one per MLP channel, mixed order.
+layer, what a local ranking sorts: one number per KV group and one per MLP channel, mixed order, with absolute
+values per sequence (``collect(coupled=True)`` has the original, after the mean over sequences).
 
 Run: python examples/llm_pruner_taylor.py MODEL TEXT
 """

@@ -21,10 +21,10 @@ from saap.families import Family, family_of, layers_of, linears_of
 from saap.loss import sequence_spans
 from saap.record import BatchRecord, RecordedLinear
 from saap.statistics import Statistics, merge_feature_moments
-from saap.units import LayerUnits, Units, discover
+from saap.units import IN_PARTS, Units, discover, module_of
+from saap.weight_norms import weight_norms
 
 ELEMENT_WANT = ("abs", "square", "mixed")  # in the order of ORDERS
-IN_PARTS = ("o", "down")  # their columns belong to units; of the others, rows
 
 
 class Collector:
@@ -55,7 +55,7 @@ class Collector:
         self.backend = backend
         self.scale = 1.0 / loss_scale
         self._offsets = {module: units.offsets(module) for module in self.statistics.modules}
-        self._features = _feature_offsets(units)
+        self._features = {module: units.feature_offsets(module) for module in self.statistics.modules}
         if coupled:
             for module in self.statistics.modules.values():
                 module.coupled = torch.zeros(len(ELEMENT_WANT), *module.signed.shape, dtype=torch.float64)
@@ -152,12 +152,12 @@ class Collector:
         x: Tensor, y: Tensor | None, dx: Tensor, dy: Tensor,
     ) -> None:  # fmt: skip
         sizes = self.statistics.units.layers[index]
-        module = _module_of(part)
+        module = module_of(part)
         size = sizes.rows_per_unit(part)
         x, dy, spans = x.contiguous(), dy.contiguous(), batch.spans
         inside = part in IN_PARTS
         with saap_kernels.use_backend(self.backend):
-            options = {
+            options: dict[str, Any] = {
                 "axis": "in" if inside else "out", "unit_size": size,
                 "bias": None if inside else linear.bias, "scale": self.scale,
             }  # fmt: skip
@@ -218,10 +218,10 @@ class Collector:
 
     def _measure_weight(self, index: int, part: str, linear: nn.Linear) -> None:
         sizes = self.statistics.units.layers[index]
-        name = _module_of(part)
+        name = module_of(part)
         module = self.statistics.modules[name]
         row, start = module.matrices.index(part), self._offsets[name][index]
-        l1, square = _weight_norms(linear, sizes, part)
+        l1, square = weight_norms(linear, sizes, part)
         module.weight_l1[row, start : start + len(l1)] = l1
         module.weight_square[row, start : start + len(l1)] = square
 
@@ -249,10 +249,10 @@ def collect(
     instance 1 / batch size for a mean over equally long rows.
 
     Additive over any number of backward passes, one per forward; with ``coupled``, LLM-Pruner's coupled
-    salience (the absolute value after the mean over sequences) too, for one pass only. Training mode, requires_grad and ``.grad``
-    are left as found, also after an exception. Raises ValueError for models that ``discover`` refuses and,
-    naming layer and sequence, for gradients that are not finite; RuntimeError for a backward pass that
-    stopped half-way or ran twice, or when none ran at all.
+    salience (the absolute value after the mean over sequences) too, for one pass only. Training mode,
+    requires_grad and ``.grad`` are left as found, also after an exception. Raises ValueError for models that
+    ``discover`` refuses and, naming layer and sequence, for gradients that are not finite; RuntimeError for a
+    backward pass that stopped half-way or ran twice, or when none ran at all.
     """
     collector = Collector(
         model,
@@ -296,30 +296,3 @@ def _spans_of_forward(spans: Tensor | None, args: tuple[Any, ...], kwargs: dict[
         return sequence_spans(torch.ones(shape[:2]) if mask is None else mask)
     saap_kernels.check_spans(spans, shape[0] * shape[1])
     return spans
-
-
-def _module_of(part: str) -> str:
-    return "attention" if part in ("q", "k", "v", "o") else "mlp"
-
-
-def _feature_offsets(units: Units) -> dict[str, list[int]]:
-    heads = [0]
-    for layer in units.layers:
-        heads.append(heads[-1] + layer.query_heads * layer.head_dim)
-    return {"attention": heads, "mlp": units.offsets("mlp")}
-
-
-def _weight_norms(linear: nn.Linear, sizes: LayerUnits, part: str, panel: int = 256) -> tuple[Tensor, Tensor]:
-    """Sum of |w| and of w^2 per unit, (U,) each in float64, read in row panels; biases included for rows."""
-    weight = linear.weight.detach()
-    size = sizes.rows_per_unit(part)
-    if part in IN_PARTS:
-        l1 = sum(rows.abs().sum(0, dtype=torch.float64) for rows in weight.split(panel))
-        square = sum(rows.double().square().sum(0) for rows in weight.split(panel))
-    else:
-        l1 = torch.cat([rows.abs().sum(1, dtype=torch.float64) for rows in weight.split(panel)])
-        square = torch.cat([rows.double().square().sum(1) for rows in weight.split(panel)])
-        if linear.bias is not None:
-            bias = linear.bias.detach().double()
-            l1, square = l1 + bias.abs(), square + bias.square()
-    return l1.view(-1, size).sum(1).cpu(), square.view(-1, size).sum(1).cpu()  # type: ignore[union-attr]

@@ -47,7 +47,7 @@ class LayerRecord:
         column = self.matrices.index(part)
         self.vector[:, column] = vector
         self.element[:, :, column] = element
-        if self.coupled is not None:
+        if self.coupled is not None and coupled is not None:
             self.coupled[:, column] = coupled
         self.seen.add(part)
 

@@ -187,8 +187,9 @@ class Statistics:
                 if metadata.get("format") != STATISTICS_FORMAT:
                     raise ValueError(f"{path}: expected {STATISTICS_FORMAT}, got format {metadata.get('format')!r}")
                 statistics = cls.zeros(Units.from_json(metadata["units"]))
+                saved = set(file.keys())
                 for name, module in statistics.modules.items():
-                    if f"{name}.coupled" in file.keys():
+                    if f"{name}.coupled" in saved:
                         module.coupled = torch.zeros(len(ORDERS), *module.signed.shape, dtype=torch.float64)
                     for key, tensor in module.tensors().items():
                         stored = file.get_tensor(f"{name}.{key}")

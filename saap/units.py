@@ -18,6 +18,12 @@ from saap.families import Family, family_of, layers_of, linears_of
 from saap.refuse import refuse_unsupported
 
 MODULES = ("attention", "mlp")
+IN_PARTS = ("o", "down")  # their columns belong to units; of the other parts, rows
+
+
+def module_of(part: str) -> str:
+    """ "attention" for q, k, v and o, "mlp" for gate, up and down."""
+    return "attention" if part in ("q", "k", "v", "o") else "mlp"
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,15 @@ class Units:
             starts.append(starts[-1] + layer.count(module))
         return starts
 
+    def feature_offsets(self, module: str) -> list[int]:
+        """As ``offsets``, of the input features of o ("attention") or down ("mlp")."""
+        if module == "mlp":
+            return self.offsets(module)
+        starts = [0]
+        for layer in self.layers:
+            starts.append(starts[-1] + layer.query_heads * layer.head_dim)
+        return starts
+
     def indices(self, layer: int, module: str, unit: int) -> dict[str, tuple[str, range]]:
         """{part: ("out" | "in", rows or columns)} of everything one unit owns (bias with "out")."""
         sizes = self.layers[layer]
@@ -99,7 +114,7 @@ class Units:
         owned = {}
         for part in parts:
             size = sizes.rows_per_unit(part)
-            axis = "in" if part in ("o", "down") else "out"
+            axis = "in" if part in IN_PARTS else "out"
             owned[part] = (axis, range(unit * size, (unit + 1) * size))
         return owned
 

@@ -20,6 +20,7 @@ from saap_kernels import reference
 from saap_kernels.schedule import Spans, as_spans, masked_blocks, whole_blocks
 
 PARTIAL_BYTES = 32 << 20  # partial sums of one launch; more sequences take more launches
+TAIL_T = tl.constexpr(16)  # tokens of one step over a sequence's tail, where the kernel reads without descriptors
 VECTOR = 8  # extents and pitches of P and Q are multiples of it, so that 16-byte copies stay provable
 
 
@@ -82,11 +83,13 @@ def weight_salience_kernel(
             if sequence >= 0:
                 if DESCRIPTORS:
                     tail = tl.load(blocks + 5 * block + 4)
-                    if tail > 0:
-                        tail_row = tl.load(blocks + 5 * block + 3)
-                        p_tail = _load(p, tail_row, tail, u, p_columns, p_pitch, BLOCK_T, BLOCK_U)
-                        q_tail = _load(q, tail_row, tail, r, q_columns, q_pitch, BLOCK_T, BLOCK_R)
-                        acc = tl.dot(p_tail.T, q_tail, acc, input_precision=precision)
+                    tail_row = tl.load(blocks + 5 * block + 3)
+                    # in short steps: a whole block's addresses and values do not fit beside acc and weight
+                    for step in tl.static_range(0, BLOCK_T, TAIL_T):
+                        if tail > step:
+                            p_tail = _load(p, tail_row + step, tail - step, u, p_columns, p_pitch, TAIL_T, BLOCK_U)
+                            q_tail = _load(q, tail_row + step, tail - step, r, q_columns, q_pitch, TAIL_T, BLOCK_R)
+                            acc = tl.dot(p_tail.T, q_tail, acc, input_precision=precision)
                 t = acc * weight.to(tl.float32)  # salience / scale
                 if COUPLED:
                     mean += t

@@ -35,7 +35,8 @@ def test_compiled_kernels_keep_their_inner_loop_in_registers(compiled) -> None:
     assert {report.capability for report in compiled} == {80, 90}
     for report in compiled:
         assert report.loop_spills == 0, report
-        assert report.stack_bytes <= 64, report  # values used once per tile may wait outside the loop
+        # fp32 is the correctness path: on sm_80 values used once per tile wait on the stack
+        assert report.stack_bytes <= (64 if "fp32" in report.kernel else 0), report
 
 
 def test_compiled_kernels_fit_shared_memory(compiled) -> None:
