@@ -21,6 +21,7 @@ from saap.families import Family, family_of, layers_of, linears_of
 from saap.loss import sequence_spans
 from saap.record import BatchRecord, RecordedLinear
 from saap.statistics import Statistics, merge_feature_moments
+from saap.undo import Undo
 from saap.units import IN_PARTS, Units, discover, module_of
 from saap.weight_norms import weight_norms
 
@@ -61,7 +62,7 @@ class Collector:
                 module.coupled = torch.zeros(len(ELEMENT_WANT), *module.signed.shape, dtype=torch.float64)
         self._matrices = {name: module.matrices for name, module in self.statistics.modules.items()}
         self.batch: BatchRecord | None = None
-        self._undo: list[Callable[[], object]] = []
+        self._undo = Undo()
 
     def __enter__(self) -> "Collector":
         try:
@@ -73,29 +74,19 @@ class Collector:
 
     def _enter(self) -> None:
         model = self.model
-        training = [module for module in model.modules() if module.training]
-        self._undo.extend(partial(setattr, module, "training", True) for module in training)
+        for module in model.modules():
+            if module.training:
+                self._undo.add(partial(setattr, module, "training", True))
         model.eval()
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                self._undo.append(partial(parameter.requires_grad_, True))
-                parameter.requires_grad_(False)
+        self._undo.freeze(model.parameters())
         handle = model.get_input_embeddings().register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_())
-        self._undo.append(handle.remove)
+        self._undo.add(handle.remove)
         for index, layer in enumerate(layers_of(model, self.family)):
             for part, linear in linears_of(layer, self.family).items():
-                self._patch(linear, self._recorded_forward(index, part, linear))
+                self._undo.patch_forward(linear, self._recorded_forward(index, part, linear))
                 self._measure_weight(index, part, linear)
             if self.checkpoint_layers:
-                self._patch(layer, self._checkpointed(layer.forward))
-
-    def _patch(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        previous = module.__dict__.get("forward")
-        if previous is None:
-            self._undo.append(partial(module.__dict__.pop, "forward"))
-        else:
-            self._undo.append(partial(setattr, module, "forward", previous))
-        module.forward = forward  # type: ignore[method-assign]
+                self._undo.patch_forward(layer, self._checkpointed(layer.forward))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -103,8 +94,7 @@ class Collector:
         self._restore()
 
     def _restore(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        self._undo.restore()
         self.batch = None
 
     def _recorded_forward(self, index: int, part: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
