@@ -15,7 +15,12 @@ import torch
 
 from benchmarks.common import Row, print_rows
 
-BENCHMARKS = ("replan", "calibration_kernels", "calibrate_model", "criteria")
+BENCHMARKS = (
+    "replan",
+    "calibration_kernels",
+    "calibrate_model",
+    "criteria",
+)  # torch_pruning_taylor needs its package: run it alone
 
 
 def main() -> None:

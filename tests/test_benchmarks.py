@@ -8,7 +8,9 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("name", ["replan", "criteria", "calibrate_model", "calibration_kernels"])
+@pytest.mark.parametrize(
+    "name", ["replan", "criteria", "calibrate_model", "calibration_kernels", "torch_pruning_taylor"]
+)
 def test_quick_run_writes_rows(tmp_path, name: str) -> None:
     target = tmp_path / "rows.json"
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", str(target)]
