@@ -9,10 +9,6 @@ yardstick is one plain forward and backward that leaves weight gradients and com
 variant runs in a process of its own, alternating.
 """
 
-import json
-import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +19,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import Row, peak_memory, run
+from benchmarks.common import Row, measure_in_processes, peak_memory, run_or_measure
 from saap.calibrate import calibrate
 from saap.families import family_of, layers_of, linears_of
 from saap.loss import backward_sequence_losses
@@ -179,14 +175,7 @@ def _warm_up_model() -> LlamaForCausalLM:
 
 
 def measure(quick: bool) -> list[Row]:
-    results: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
-    for _ in range(1 if quick else 3):
-        for variant in VARIANTS:
-            command = [sys.executable, "-m", "benchmarks.calibrate_model", "--variant", variant, *(["--quick"] * quick)]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            results[variant].append(json.loads(output.splitlines()[-1]))
-            print(f"{variant}: {results[variant][-1]['seconds']:.2f} s", file=sys.stderr)
-    middle = {v: {k: statistics.median(r[k] for r in rows) for k in rows[0]} for v, rows in results.items()}
+    middle = measure_in_processes("calibrate_model", VARIANTS, quick, repeats=3)
     chosen = setting(quick)
     size = f"{chosen.name}, {chosen.samples} x {chosen.seq_len}"
     limit = "<= 0.25" if device() == "cuda" else "<= 0.6"
@@ -210,8 +199,4 @@ def measure(quick: bool) -> list[Row]:
 
 
 if __name__ == "__main__":
-    if "--variant" in sys.argv:
-        chosen = sys.argv[sys.argv.index("--variant") + 1]
-        print(json.dumps(measure_variant(chosen, "--quick" in sys.argv)))
-    else:
-        run(__doc__ or "", measure)
+    run_or_measure(__doc__ or "", measure, measure_variant)

@@ -3,6 +3,9 @@
 import argparse
 import json
 import platform
+import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +56,31 @@ def run(question: str, measure: Callable[[bool], Sequence[Row]]) -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+
+
+def measure_in_processes(
+    module: str, variants: Sequence[str], quick: bool, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Run each variant of ``module`` (see ``run_or_measure``) in its own processes, alternating; medians by variant."""
+    results: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
+    for _ in range(1 if quick else repeats):
+        for variant in variants:
+            command = [sys.executable, "-m", f"benchmarks.{module}", "--variant", variant, *(["--quick"] * quick)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=1800)
+            results[variant].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{variant}: {results[variant][-1]['seconds']:.2f} s", file=sys.stderr)
+    return {v: {k: statistics.median(r[k] for r in rows) for k in rows[0]} for v, rows in results.items()}
+
+
+def run_or_measure(
+    question: str, measure: Callable[[bool], Sequence[Row]], measure_variant: Callable[[str, bool], dict[str, float]]
+) -> None:
+    """Command line of a module whose ``--variant NAME`` prints what one variant measured, as JSON."""
+    if "--variant" not in sys.argv:
+        run(question, measure)
+        return
+    chosen = sys.argv[sys.argv.index("--variant") + 1]
+    print(json.dumps(measure_variant(chosen, "--quick" in sys.argv)))
 
 
 def print_rows(rows: Sequence[Row]) -> None:

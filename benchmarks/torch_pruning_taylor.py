@@ -1,16 +1,12 @@
 """Torch-Pruning's Taylor importance of every group: its own class against ``saap.adapters.torch_pruning``.
 
-A random Llama (CPU and fp32: 200M parameters, quick: 5M), one backward pass over 4 x 128 tokens, then the
+A random Llama (CPU and fp32: 200M parameters, quick: 3M), one backward pass over 4 x 128 tokens, then the
 importance of every group: those of attention and MLP, then those of the hidden dimension too (where every
 Linear loses rows and columns, and the adapter forms each weight gradient twice). Heads are not grouped:
 Torch-Pruning 1.6 does not finish tracing grouped-query attention. The dependency graph is built before the
 clock starts. Each variant runs in a process of its own, alternating; memory is the peak above the start.
 """
 
-import json
-import statistics
-import subprocess
-import sys
 import time
 import warnings
 
@@ -18,7 +14,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import Row, peak_memory, run
+from benchmarks.common import Row, measure_in_processes, peak_memory, run_or_measure
 
 VARIANTS = ("ours", "peer", "ours, hidden", "peer, hidden")
 
@@ -69,31 +65,17 @@ def measure_variant(variant: str, quick: bool) -> dict[str, float]:
 
 
 def measure(quick: bool) -> list[Row]:
-    results: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
-    for _ in range(1 if quick else 5):
-        for variant in VARIANTS:
-            options = ["--variant", variant, *(["--quick"] * quick)]
-            command = [sys.executable, "-m", "benchmarks.torch_pruning_taylor", *options]
-            done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
-            results[variant].append(json.loads(done.stdout.splitlines()[-1]))
+    middle = measure_in_processes("torch_pruning_taylor", VARIANTS, quick, repeats=5)
     rows = []
     for suffix, what in (("", "attention and MLP"), (", hidden", "all groups")):
-        ours, peer = (_medians(results[side + suffix]) for side in ("ours", "peer"))
-        if abs(ours["squares"] / peer["squares"] - 1) > 1e-3:  # another sum order moves it by 1e-5
+        ours, peer = (middle[side + suffix] for side in ("ours", "peer"))
+        if abs(ours["squares"] / peer["squares"] - 1) > 1e-5:  # another order of summation moves it by 2e-8
             raise RuntimeError(f"the two importances differ: {ours['squares']} and {peer['squares']}")
-        case = f"{'5M' if quick else '200M'} Llama, 4 x 128, {what}: adapter / Torch-Pruning"
+        case = f"{'3M' if quick else '200M'} Llama, 4 x 128, {what}: adapter / Torch-Pruning"
         rows.append(Row.compare(case, ours["seconds"], peer["seconds"], "s", "< 1"))
         rows.append(Row.compare(case, ours["bytes"] / 2**20, peer["bytes"] / 2**20, "MiB", "< 1"))
     return rows
 
 
-def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-
-
 if __name__ == "__main__":
-    if "--variant" in sys.argv:
-        chosen = sys.argv[sys.argv.index("--variant") + 1]
-        print(json.dumps(measure_variant(chosen, "--quick" in sys.argv)))
-    else:
-        run(__doc__ or "", measure)
+    run_or_measure(__doc__ or "", measure, measure_variant)

@@ -47,7 +47,8 @@ class LayerRecord:
         column = self.matrices.index(part)
         self.vector[:, column] = vector
         self.element[:, :, column] = element
-        if self.coupled is not None and coupled is not None:
+        if self.coupled is not None:
+            assert coupled is not None  # a collector measures it in every layer or in none
             self.coupled[:, column] = coupled
         self.seen.add(part)
 

@@ -23,7 +23,7 @@ class Undo:
             self.add(partial(module.__dict__.pop, "forward"))
         else:
             self.add(partial(setattr, module, "forward", previous))
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward  # type: ignore[method-assign]  # a patch is one
 
     def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
         """No gradients for ``parameters`` until ``restore``."""

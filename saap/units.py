@@ -22,7 +22,7 @@ IN_PARTS = ("o", "down")  # their columns belong to units; of the other parts, r
 
 
 def module_of(part: str) -> str:
-    """ "attention" for q, k, v and o, "mlp" for gate, up and down."""
+    """The module that a part belongs to: "attention" (q, k, v, o) or "mlp" (gate, up, down)."""
     return "attention" if part in ("q", "k", "v", "o") else "mlp"
 
 

@@ -10,13 +10,14 @@ def weight_norms(linear: nn.Linear, sizes: LayerUnits, part: str, panel: int = 2
     """Sum of |w| and of w^2 per unit, (U,) each in float64, read in row panels; biases included for rows."""
     weight = linear.weight.detach()
     size = sizes.rows_per_unit(part)
+    zero = torch.zeros((), dtype=torch.float64, device=weight.device)
     if part in IN_PARTS:
-        l1 = sum(rows.abs().sum(0, dtype=torch.float64) for rows in weight.split(panel))
-        square = sum(rows.double().square().sum(0) for rows in weight.split(panel))
+        l1 = sum((rows.abs().sum(0, dtype=torch.float64) for rows in weight.split(panel)), start=zero)
+        square = sum((rows.double().square().sum(0) for rows in weight.split(panel)), start=zero)
     else:
         l1 = torch.cat([rows.abs().sum(1, dtype=torch.float64) for rows in weight.split(panel)])
         square = torch.cat([rows.double().square().sum(1) for rows in weight.split(panel)])
         if linear.bias is not None:
             bias = linear.bias.detach().double()
             l1, square = l1 + bias.abs(), square + bias.square()
-    return l1.view(-1, size).sum(1).cpu(), square.view(-1, size).sum(1).cpu()  # type: ignore[union-attr]
+    return l1.view(-1, size).sum(1).cpu(), square.view(-1, size).sum(1).cpu()

@@ -149,7 +149,8 @@ class TaylorImportance(GroupTaylorImportance):  # type: ignore[misc]  # Torch-Pr
                 roots.append(item.root_idxs)
         if not values:
             return None
-        return self._normalize(self._reduce(values, roots), self.normalizer)  # type: ignore[no-any-return]
+        importance: Tensor = self._normalize(self._reduce(values, roots), self.normalizer)
+        return importance
 
     def _of(self, layer: Any, axis: str, name: str) -> Tensor:
         if layer in self._tied:

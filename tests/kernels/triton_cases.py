@@ -15,7 +15,8 @@ from tests.kernels.test_calibration_ops import SHAPES, assert_as_exact_as_eager,
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
 POINTERS, DESCRIPTORS = TileConfig(16, 32, 16, 4, 2), TileConfig(16, 32, 16, 4, 2, descriptors=True)
-CONFIGS = {"pointers": POINTERS, "descriptors": DESCRIPTORS, "frozen": None}
+LONG_TAILS = TileConfig(16, 32, 64, 4, 2, descriptors=True)  # a tail takes up to four steps
+CONFIGS = {"pointers": POINTERS, "descriptors": DESCRIPTORS, "long_tails": LONG_TAILS, "frozen": None}
 ORDERS = ["abs", "square", "mixed"]
 
 
@@ -75,6 +76,18 @@ def test_a_span_as_long_as_whole_blocks_reads_nothing_behind_it() -> None:
         got = triton_weight_salience.weight_salience(*on_device(x, dy, w), spans, "in", 2, None, ["abs"], 1.0, config)
         exact = oracles.weight_salience(x, dy, w, spans, axis="in", unit_size=2, want=("abs",))
         torch.testing.assert_close(got.cpu().double(), exact, rtol=1e-5, atol=0)  # fp32 sums of 16 terms
+
+
+@pytest.mark.parametrize("tail", [1, 15, 16, 17, 33, 48, 63])
+def test_tails_take_as_many_steps_as_they_need(tail) -> None:
+    generator = torch.Generator().manual_seed(tail)
+    tokens = 64 + tail
+    x, dy, w = (torch.randn(*shape, generator=generator) for shape in ((tokens + 9, 24), (tokens + 9, 16), (16, 24)))
+    x[tokens], dy[tokens] = float("nan"), float("nan")
+    spans = torch.tensor([[0, tokens], [tokens + 1, tokens + 9]], dtype=torch.int32)
+    got = triton_weight_salience.weight_salience(*on_device(x, dy, w), spans, "in", 2, None, ["abs"], 1.0, LONG_TAILS)
+    exact = oracles.weight_salience(x, dy, w, spans, axis="in", unit_size=2, want=("abs",))
+    torch.testing.assert_close(got.cpu().double(), exact, rtol=1e-5, atol=0)  # fp32 sums of up to 127 terms
 
 
 def test_orders_are_chosen_and_placed_by_want() -> None:
