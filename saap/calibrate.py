@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap import distributed
-from saap.collect import Collector
+from saap.collector import Collector
 from saap.data import check_tokenizer, data_fingerprint, pack
 from saap.families import family_of, layers_of
 from saap.loss import backward_sequence_losses, sequence_spans

@@ -80,13 +80,13 @@ class BatchRecord:
     """The sequences of one forward pass and what its backward pass reported, by layer and module."""
 
     def __init__(
-        self, spans: Tensor, layers: tuple[LayerUnits, ...], matrices: dict[str, tuple[str, ...]], coupled: bool
+        self, spans: Tensor, layers: dict[int, LayerUnits], matrices: dict[str, tuple[str, ...]], coupled: bool
     ) -> None:
         self.spans = spans
         self.tokens = int((spans[:, 1] - spans[:, 0]).sum())
         self.layers = {
             (index, name): LayerRecord(parts, sizes.count(name), len(spans), coupled)
-            for index, sizes in enumerate(layers)
+            for index, sizes in layers.items()
             for name, parts in matrices.items()
         }
 

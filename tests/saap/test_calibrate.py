@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saap.calibrate import calibrate, collect_batch
-from saap.collect import Collector
+from saap.collector import Collector
 from saap.families import family_of, layers_of, linears_of
 from saap.loss import backward_sequence_losses
 from saap.moments import Moments
