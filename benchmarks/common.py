@@ -98,16 +98,22 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * 4096
 
 
+def anonymous_bytes() -> int:
+    """Anonymous memory of this process (RssAnon): what the system cannot drop and read again from a file."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+
 @contextmanager
-def peak_memory(interval: float = 0.005) -> Iterator[Callable[[], int]]:
-    """Sample resident memory; the yielded function gives the peak above the start, in bytes."""
-    start = highest = resident_bytes()
+def peak_memory(read: Callable[[], int] = resident_bytes, interval: float = 0.005) -> Iterator[Callable[[], int]]:
+    """Sample ``read``; the yielded function gives the peak above the start, in bytes."""
+    start = highest = read()
     stop = threading.Event()
 
     def watch() -> None:
         nonlocal highest
         while not stop.is_set():
-            highest = max(highest, resident_bytes())
+            highest = max(highest, read())
             time.sleep(interval)
 
     thread = threading.Thread(target=watch, daemon=True)

@@ -15,6 +15,7 @@ from saap.plan import LayerPlan, Plan
 from saap.prune import PruneResult, prune
 from saap.search import search
 from saap.statistics import Statistics
+from saap.stream import Streaming
 from saap.units import Units, discover, unit_masks
 from saap.version import __version__
 
@@ -29,6 +30,7 @@ __all__ = [
     "PruneResult",
     "Scores",
     "Statistics",
+    "Streaming",
     "Units",
     "__version__",
     "calibrate",

@@ -1,6 +1,5 @@
 """Calibration: one forward and one backward pass over sample text, giving Statistics."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +13,13 @@ from saap.data import check_tokenizer, data_fingerprint, pack
 from saap.families import family_of, layers_of
 from saap.loss import backward_sequence_losses, sequence_spans
 from saap.memory import activation_bytes, available_bytes
+from saap.micro_batches import in_micro_batches, resolve_batch
 from saap.refuse import refuse_nonfinite_weights
 from saap.statistics import Statistics
+from saap.stream import Streaming, resolve_streaming, stream_collect
 from saap.units import discover
 
 Progress = Callable[[int, int], None]
-# a micro-batch's activations should be small beside the weights on a CPU, and fill the device on a GPU
-AUTO_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 FP16_LOSS_SCALE = 1024.0  # keeps gradients of fp16 models out of the subnormal range
 
 
@@ -36,6 +35,7 @@ def calibrate(
     backend: str | None = None,
     seed: int = 0,
     coupled: bool = False,
+    stream: bool | str | Streaming = "auto",
     progress: Progress | None = None,
 ) -> Statistics:
     """Measure the importance statistics of every unit of ``model`` (method section 2a).
@@ -46,16 +46,23 @@ def calibrate(
     torch.distributed process group every rank takes its share of the sequences and all return the
     same merged statistics. ``checkpoint`` recomputes each block's activations in the backward pass:
     True, False, or "auto" (when they would not fit). ``coupled`` also measures LLM-Pruner's coupled
-    salience, for which all samples form one micro-batch. ``progress(done, total)`` counts this process's
-    sequences.
+    salience, for which all samples form one micro-batch.
+
+    ``stream`` brings one decoder block at a time onto the device, once forward and once backward: True,
+    False, a ``Streaming`` (device, dtype, folder), or "auto" for a model in host memory or mapped files that
+    would not fit. The statistics are those of ``checkpoint``. ``progress(done, total)`` counts this process's
+    sequences; when streaming, its sequences times blocks, forward and backward.
 
     No weight gets a gradient; weights, training mode and requires_grad are left as found. Raises
     ValueError, before the first forward pass, for models or data that cannot be used, and naming
-    the layer when weights, loss or gradients are not finite.
+    the layer when weights, loss or gradients are not finite (when streaming, weights are read, and
+    refused, block by block during the forward pass).
     """
     units = discover(model)
     _check_sizes(model, samples, seq_len, batch_size, checkpoint, coupled)
-    refuse_nonfinite_weights(model, family_of(model))
+    streaming = resolve_streaming(model, stream)
+    if streaming is None:
+        refuse_nonfinite_weights(model, family_of(model))
     if tokenizer is not None:
         check_tokenizer(model, tokenizer)
     ids = pack(tokenizer, data, samples=samples, seq_len=seq_len, seed=seed)
@@ -64,13 +71,19 @@ def calibrate(
             f"expected token ids below the vocabulary size {model.config.vocab_size}, got {int(ids.max())}"
         )
     mine = distributed.share(ids)
-    batch = samples if coupled else resolve_batch(batch_size, seq_len, model.device)
+    device = model.device if streaming is None else streaming.resolved_device(model)
+    dtype = (streaming and streaming.dtype) or model.dtype
+    batch = samples if coupled else resolve_batch(batch_size, seq_len, device)
     if checkpoint == "auto":
-        checkpoint = activation_bytes(units, batch * seq_len, model.dtype) > 0.5 * available_bytes(model.device)
-    scale = FP16_LOSS_SCALE if model.dtype == torch.float16 else 1.0
-    options = {"checkpoint_layers": bool(checkpoint), "backend": backend, "loss_scale": scale, "coupled": coupled}
-    with Collector(model, units, **options) as collector:  # type: ignore[arg-type]  # a dict of mixed values
-        _collect_all(collector, mine, batch, progress)
+        checkpoint = activation_bytes(units, batch * seq_len, dtype) > 0.5 * available_bytes(device)
+    scale = FP16_LOSS_SCALE if dtype == torch.float16 else 1.0
+    options: dict[str, Any] = {"backend": backend, "loss_scale": scale, "coupled": coupled}
+    if streaming is None:
+        with Collector(model, units, **options, checkpoint_layers=bool(checkpoint)) as collector:
+            _collect_all(collector, mine, batch, progress)
+    else:
+        with Collector(model, units, **options, read_weights=False) as collector:
+            stream_collect(collector, mine, batch, streaming, progress)
     statistics = collector.statistics
     distributed.all_reduce(statistics)
     statistics.data = (data_fingerprint(ids),)
@@ -78,27 +91,18 @@ def calibrate(
         "samples": samples,
         "seq_len": seq_len,
         "seed": seed,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
     }
     return statistics
 
 
 def _collect_all(collector: Collector, ids: Tensor, batch: int, progress: Progress | None) -> None:
-    """Every sequence once, in micro-batches that are halved, with a warning, when the device runs out of memory."""
-    done = 0
-    while done < len(ids):
-        try:
-            collect_batch(collector, ids[done : done + batch])
-        except torch.OutOfMemoryError:
-            if batch == 1 or collector.coupled:
-                raise
-            batch //= 2
-            warnings.warn(f"out of device memory: going on with micro-batches of {batch} sequences", stacklevel=3)
-            torch.cuda.empty_cache()
-            continue
-        done = min(done + batch, len(ids))
+    def step(rows: slice) -> None:
+        collect_batch(collector, ids[rows])
         if progress is not None:
-            progress(done, len(ids))
+            progress(rows.stop, len(ids))
+
+    in_micro_batches(len(ids), batch, step, fixed=collector.coupled)
 
 
 def collect_batch(collector: Collector, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -119,13 +123,6 @@ def collect_batch(collector: Collector, input_ids: Tensor, attention_mask: Tenso
         raise ValueError(f"expected a finite loss, got {losses.tolist()}; first NaN or inf in the output of {where}")
     collector.finish()
     return losses
-
-
-def resolve_batch(batch_size: int | str, seq_len: int, device: torch.device) -> int:
-    """Sequences per micro-batch: the given number, or "auto" for the device."""
-    if batch_size != "auto":
-        return int(batch_size)
-    return max(1, AUTO_BATCH_TOKENS.get(device.type, 512) // seq_len)
 
 
 def _check_sizes(

@@ -4,20 +4,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from saap import console, pipeline
 from saap.calibrate import calibrate as measure_statistics
-from saap.checkpoint import load
 from saap.criteria import CRITERIA, score
 from saap.data import FORMS, load_documents
 from saap.distributed import process_group, refuse_ranks
 from saap.doctor import examine
 from saap.evaluate import evaluate
-from saap.memory import on_device
+from saap.opening import open_for_calibration, open_model, open_tokenizer
 from saap.plan import Plan
 from saap.search import search
 from saap.statistics import Statistics
+from saap.stream import progress_unit
 
 app = typer.Typer(
     help="Make a language model structurally smaller in one fast pass.\n\n"
@@ -44,23 +43,24 @@ Samples = Annotated[int, typer.Option(help="Calibration sequences.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per calibration sequence.")]
 BatchSize = Annotated[str, typer.Option(help="Sequences per micro-batch, or auto.")]
 Checkpoint = Annotated[Literal["auto", "on", "off"], typer.Option(help="Recompute activations to save memory.")]
+Stream = Annotated[
+    Literal["auto", "on", "off"],
+    typer.Option(help="Bring one block at a time onto the device: for models larger than it."),
+]
+StreamFolder = Annotated[
+    Path | None, typer.Option(help="Where streaming keeps hidden states, instead of memory or a temporary folder.")
+]
 Backend = Annotated[str | None, typer.Option(help="Kernel backend; see saap doctor.")]
 Seed = Annotated[int, typer.Option(help="Order of the calibration documents.")]
 Dtype = Annotated[
-    str | None, typer.Option(help="Load in this dtype (float32, bfloat16, float16) instead of the saved one.")
+    str | None,
+    typer.Option(help="Load (with --stream: compute) in float32, bfloat16 or float16 instead of the saved dtype."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
-
-def _open(model: str, dtype: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a model and its tokenizer (None when the directory has none)."""
-    loaded = on_device(load(model, dtype))
-    folder = Path(model)
-    if folder.is_dir() and not list(folder.glob("*token*")):
-        return loaded, None
-    return loaded, AutoTokenizer.from_pretrained(model)
+SWITCH: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 
 
 def _indices(text: str) -> tuple[int, ...]:
@@ -79,10 +79,9 @@ def _batch(text: str) -> int | str:
 def _calibration(
     samples: int, seq_len: int, batch_size: str, checkpoint: str, backend: str | None, seed: int
 ) -> dict[str, Any]:
-    choices: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
     return {
         "samples": samples, "seq_len": seq_len, "batch_size": _batch(batch_size),
-        "checkpoint": choices[checkpoint], "backend": backend, "seed": seed,
+        "checkpoint": SWITCH[checkpoint], "backend": backend, "seed": seed,
     }  # fmt: skip
 
 
@@ -112,6 +111,8 @@ def prune(
     seq_len: SeqLen = 512,
     batch_size: BatchSize = "auto",
     checkpoint: Checkpoint = "auto",
+    stream: Stream = "auto",
+    stream_folder: StreamFolder = None,
     backend: Backend = None,
     seed: Seed = 0,
     layout: Annotated[
@@ -140,7 +141,9 @@ def prune(
         )  # fmt: skip
         job.check_files()
         with console.screen.status("loading the model"):
-            loaded, tokenizer = _open(model, dtype)
+            loaded, streaming = open_for_calibration(model, dtype, SWITCH[stream], stream_folder)
+            tokenizer = open_tokenizer(model)
+        job.calibration["stream"] = streaming or False
         if dry_run:
             pipeline.report_dry_run(job.preview(loaded), as_json)
         else:
@@ -156,6 +159,8 @@ def calibrate(
     seq_len: SeqLen = 512,
     batch_size: BatchSize = "auto",
     checkpoint: Checkpoint = "auto",
+    stream: Stream = "auto",
+    stream_folder: StreamFolder = None,
     backend: Backend = None,
     seed: Seed = 0,
     dtype: Dtype = None,
@@ -175,9 +180,10 @@ def calibrate(
         load_documents(data)
         options = _calibration(samples, seq_len, batch_size, checkpoint, backend, seed)
         with console.screen.status("loading the model"):
-            loaded, tokenizer = _open(model, dtype)
-        with console.progress("calibrating", "sequences", shown=rank == 0) as bar:
-            found = measure_statistics(loaded, tokenizer, data, **options, progress=bar)
+            loaded, streaming = open_for_calibration(model, dtype, SWITCH[stream], stream_folder)
+            tokenizer = open_tokenizer(model)
+        with console.progress("calibrating", progress_unit(streaming), shown=rank == 0) as bar:
+            found = measure_statistics(loaded, tokenizer, data, **options, stream=streaming or False, progress=bar)
         if rank:
             return
         found.save(out)
@@ -252,8 +258,8 @@ def evaluate_command(
     with console.user_errors(debug):
         load_documents(text)
         with console.screen.status("loading"):
-            loaded, tokenizer = _open(model, dtype)
-            other = None if against is None else _open(against, dtype)[0]
+            loaded, tokenizer = open_model(model, dtype), open_tokenizer(model)
+            other = None if against is None else open_model(against, dtype)
         with console.progress("evaluating", "windows") as bar:
             result = evaluate(loaded, tokenizer, text, seq_len=seq_len, against=other, progress=bar)
         if as_json:

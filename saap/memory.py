@@ -24,6 +24,11 @@ def activation_bytes(units: Units, tokens: int, dtype: torch.dtype) -> int:
     return sum(per_token) * tokens * dtype.itemsize
 
 
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all parameters, tied ones once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
 def available_bytes(device: torch.device) -> int:
     """Free memory of a CUDA device, or of the machine for any other device."""
     if device.type == "cuda":
@@ -39,7 +44,6 @@ def on_device(model: PreTrainedModel) -> PreTrainedModel:
     """Move the model to the current CUDA device if there is one and the weights leave a tenth of it free."""
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        if weights < 0.9 * available_bytes(device):
+        if weight_bytes(model) < 0.9 * available_bytes(device):
             return model.to(device)  # type: ignore[arg-type]  # stubs of to() know no torch.device
     return model

@@ -8,16 +8,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap import console
-from saap.calibrate import calibrate, resolve_batch
+from saap.calibrate import calibrate
 from saap.checkpoint import refuse_existing, save
 from saap.compact import compact
 from saap.criteria import CRITERIA, score
 from saap.data import check_tokenizer, load_documents
 from saap.evaluate import Evaluation, evaluate
-from saap.memory import activation_bytes, available_bytes
+from saap.memory import activation_bytes, available_bytes, weight_bytes
+from saap.micro_batches import resolve_batch
 from saap.plan import Plan
 from saap.search import check_ratio, search
 from saap.statistics import Statistics
+from saap.stream import progress_unit
 from saap.units import discover
 
 
@@ -117,7 +119,7 @@ class Job:
             "block_parameters": units.block_parameters,
             "kv_heads": units.count("attention"),
             "channels": units.count("mlp"),
-            "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+            "weight_bytes": weight_bytes(model),
             "activation_bytes": activation_bytes(units, tokens, model.dtype),
             "available_bytes": available_bytes(model.device),
             "would_remove": {f"{r:g}": self._share(units, r) for r in self.ratios},
@@ -159,7 +161,7 @@ class Job:
         if self.statistics_file is not None:
             statistics = Statistics.load(self.statistics_file)
         else:
-            with console.progress("calibrating", "sequences") as bar:
+            with console.progress("calibrating", progress_unit(self.calibration.get("stream"))) as bar:
                 statistics = calibrate(model, tokenizer, self.data, **self.calibration, progress=bar)
             if self.save_statistics is not None:
                 statistics.save(self.save_statistics)

@@ -13,6 +13,7 @@ from saap.evaluate import Evaluation, evaluate
 from saap.plan import Plan
 from saap.search import check_ratio, search
 from saap.statistics import Statistics
+from saap.stream import Streaming
 from saap.units import discover
 
 
@@ -44,6 +45,7 @@ def prune(
     checkpoint: bool | str = "auto",
     backend: str | None = None,
     seed: int = 0,
+    stream: bool | str | Streaming = "auto",
     statistics: Statistics | None = None,
     eval_text: Any = None,
     progress: Progress | None = None,
@@ -67,7 +69,7 @@ def prune(
     if statistics is None:
         statistics = calibrate(
             model, tokenizer, data, samples=samples, seq_len=seq_len, batch_size=batch_size,
-            checkpoint=checkpoint, backend=backend, seed=seed, progress=progress,
+            checkpoint=checkpoint, backend=backend, seed=seed, stream=stream, progress=progress,
         )  # fmt: skip
     statistics.check_model(units)
     plan = search(score(statistics, criterion), ratio, **options)

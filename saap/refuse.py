@@ -1,6 +1,7 @@
 """Inputs that pruning would silently damage, refused by name before any work starts."""
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from saap.families import Family, layers_of, linears_of
@@ -29,16 +30,26 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
 
 def refuse_nonfinite_weights(model: PreTrainedModel, family: Family) -> None:
     """Raise ValueError naming the first prunable weight, embedding or head that holds NaN or inf."""
-    named = {
-        f"{family.layers}.{index}.{family.path(part)}": linear
-        for index, layer in enumerate(layers_of(model, family))
-        for part, linear in linears_of(layer, family).items()
-    }
-    named["input embeddings"] = model.get_input_embeddings()
-    named["output embeddings"] = model.get_output_embeddings()
-    for name, module in named.items():
-        for kind, parameter in module.named_parameters(recurse=False):
-            weight = parameter.detach()
-            # a finite sum is one pass without a copy; only a suspicious one needs the full test
-            if not torch.isfinite(weight.sum(dtype=torch.float32)) and not torch.isfinite(weight).all():
-                raise ValueError(f"expected finite weights, found NaN or inf in {name}.{kind}")
+    for index, layer in enumerate(layers_of(model, family)):
+        refuse_nonfinite_layer(layer, family, index)
+    refuse_nonfinite_embeddings(model)
+
+
+def refuse_nonfinite_layer(layer: nn.Module, family: Family, index: int) -> None:
+    """As ``refuse_nonfinite_weights``, of one decoder layer."""
+    for part, linear in linears_of(layer, family).items():
+        _refuse_nonfinite(linear, f"{family.layers}.{index}.{family.path(part)}")
+
+
+def refuse_nonfinite_embeddings(model: PreTrainedModel) -> None:
+    """As ``refuse_nonfinite_weights``, of the embeddings and the head."""
+    _refuse_nonfinite(model.get_input_embeddings(), "input embeddings")
+    _refuse_nonfinite(model.get_output_embeddings(), "output embeddings")
+
+
+def _refuse_nonfinite(module: nn.Module, name: str) -> None:
+    for kind, parameter in module.named_parameters(recurse=False):
+        weight = parameter.detach()
+        # a finite sum is one pass without a copy; only a suspicious one needs the full test
+        if not torch.isfinite(weight.sum(dtype=torch.float32)) and not torch.isfinite(weight).all():
+            raise ValueError(f"expected finite weights, found NaN or inf in {name}.{kind}")

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
+NAMES = "replan", "criteria", "calibrate_model", "calibration_kernels", "calibrate_streamed", "torch_pruning_taylor"
 
-@pytest.mark.parametrize(
-    "name", ["replan", "criteria", "calibrate_model", "calibration_kernels", "torch_pruning_taylor"]
-)
+
+@pytest.mark.parametrize("name", NAMES)
 def test_quick_run_writes_rows(tmp_path, name: str) -> None:
     target = tmp_path / "rows.json"
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", str(target)]
@@ -20,7 +20,7 @@ def test_quick_run_writes_rows(tmp_path, name: str) -> None:
     assert rows
     for row in rows:
         assert {"case", "ours", "peer", "ratio", "unit", "device"} <= set(row)
-        assert math.isfinite(row["ours"]) and row["ours"] > 0
+        assert math.isfinite(row["ours"]) and (row["ours"] > 0 or row["asked"] == "== 0")
         assert row["peer"] is None or row["ratio"] == pytest.approx(row["ours"] / row["peer"])
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import saap
 import saap_kernels as K
 from saap_kernels import _ext
 from tests.kernels import oracles
@@ -16,6 +17,8 @@ from tests.kernels.triton_cases import (  # noqa: F401  the same cases, on the d
     test_orders_are_chosen_and_placed_by_want,
     test_weight_salience,
 )
+from tests.saap.test_calibrate import assert_same
+from tests.saap.tiny import tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 SHAPES = [(5, 1, 1), (60, 7, 7), (300, 520, 4), (300, 1407, 1), (1000, 4096, 128)]
@@ -72,3 +75,14 @@ def test_calibration_on_the_device_equals_the_cpu() -> None:
             want = getattr(cpu.modules[name].salience, field)
             got = getattr(gpu.modules[name].salience, field)
             assert ((got - want).abs() <= 1e-3 * want.abs().amax(-1, keepdim=True)).all()  # fp32 on both, other orders
+
+
+def test_streamed_calibration_brings_blocks_to_the_device_and_takes_them_back() -> None:
+    model = tiny_model("llama", torch.float32)
+    ids = torch.randint(0, 64, (7, 12), generator=torch.Generator().manual_seed(0))
+    options = {"data": ids, "samples": 7, "seq_len": 12, "batch_size": 3}
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    streamed = saap.calibrate(model, **options, stream=True)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
+    resident = saap.calibrate(model.cuda(), **options, checkpoint=True, stream=False)
+    assert_same(streamed, resident, rtol=1e-5)  # atomics in the attention backward may order sums otherwise
