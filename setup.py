@@ -15,7 +15,7 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
 CPU_SOURCES = ["csrc/bindings.cpp", "csrc/activation_sums.cpp", "csrc/salience_reduce.cpp"]
-CUDA_SOURCES = ["csrc/activation_salience.cu"]
+CUDA_SOURCES = ["csrc/activation_sums.cu", "csrc/weight_salience.cu"]
 DEFAULT_ARCHS = "80;90a"
 
 
@@ -87,7 +87,7 @@ class BuildNative(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         for source in CUDA_SOURCES:
-            target = folder / Path(source).with_suffix(".o").name
+            target = folder / f"{Path(source).stem}_cuda.o"
             command = [nvcc, "-O3", "-std=c++17", "-Xcompiler=-fPIC", *targets, "-c", source, "-o", str(target)]
             print("saap:", " ".join(command), file=sys.stderr)
             subprocess.run(command, check=True)
@@ -105,7 +105,7 @@ setup(
             CPU_SOURCES,
             cxx_std=17,
             include_dirs=["csrc"],
-            depends=["csrc/kernels.h", *CUDA_SOURCES],
+            depends=["csrc/kernels.h", "csrc/device.cuh", *CUDA_SOURCES],
             extra_compile_args=["-O3", "-fvisibility=hidden"],
         )
     ],

@@ -71,13 +71,17 @@ def compile_kernel(
     )
 
 
+def bundled(tool: str) -> Path:
+    """Path of one of the NVIDIA tools that Triton bundles."""
+    return Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+
+
 def _disassemble(tool: str, option: str, cubin: bytes) -> str:
-    """Output of one of the NVIDIA tools that Triton bundles."""
+    """Output of a bundled tool."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        command = [Path(triton.__file__).parent / "backends/nvidia/bin" / tool, option, file]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run([bundled(tool), option, file], capture_output=True, text=True, check=True).stdout
 
 
 def _loop_spills(cubin: bytes) -> int:

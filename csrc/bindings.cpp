@@ -1,6 +1,9 @@
 // The only pybind11 file: integers in, errors as exceptions. Shapes and dtypes are checked in Python.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
 
@@ -71,15 +74,33 @@ PYBIND11_MODULE(_C, m) {
       py::arg("x"), py::arg("x_pitch"), py::arg("dx"), py::arg("dx_pitch"), py::arg("spans"), py::arg("sequences"),
       py::arg("features"), py::arg("shift"), py::arg("salience"), py::arg("statistics"), py::arg("threads"));
 #ifdef SAAP_CUDA
-  m.def("activation_salience", [](uintptr_t y, int64_t y_pitch, uintptr_t dy, int64_t dy_pitch, uintptr_t spans,
-                                  int64_t sequences, int64_t chunks, int64_t rows_per_partial, int64_t features,
-                                  int64_t unit_size, int dtype, uintptr_t partial, uintptr_t result,
-                                  uintptr_t stream) {
-    const saap::ActivationSalience arguments{address<const void>(y), y_pitch, address<const void>(dy), dy_pitch,
-                                             address<const int32_t>(spans), sequences, chunks, rows_per_partial,
-                                             features, unit_size, static_cast<saap::Dtype>(dtype),
-                                             address<float>(partial), address<float>(result), address<void>(stream)};
-    check("activation_salience", saap::activation_salience(arguments));
+  m.def("activation_planes", [](uintptr_t x, int64_t x_pitch, uintptr_t dx, int64_t dx_pitch, uintptr_t shift,
+                                uintptr_t blocks, int64_t block_count, uintptr_t starts, int64_t sequences,
+                                int64_t features, std::array<int64_t, 4> slots, int64_t planes, int dtype,
+                                uintptr_t partial, uintptr_t result, uintptr_t stream) {
+    saap::ActivationPlanes a{address<const void>(x), x_pitch, address<const void>(dx), dx_pitch,
+                             address<const float>(shift), address<const int32_t>(blocks), block_count,
+                             address<const int32_t>(starts), sequences, features, {}, planes,
+                             static_cast<saap::Dtype>(dtype), address<float>(partial), address<float>(result),
+                             address<void>(stream)};
+    std::copy(slots.begin(), slots.end(), a.slots);
+    check("activation_planes", saap::activation_planes(a));
+  });
+  m.def("weight_salience_tile", [](int dtype) {
+    const auto tile = saap::weight_salience_tile(static_cast<saap::Dtype>(dtype));
+    return py::make_tuple(tile.entries, tile.tokens);
+  });
+  m.def("weight_salience", [](uintptr_t p, int64_t p_pitch, int64_t p_columns, uintptr_t q, int64_t q_pitch,
+                              int64_t q_columns, uintptr_t w, int64_t w_stride_u, int64_t w_stride_r, int64_t lines,
+                              int64_t entries, uintptr_t blocks, int64_t block_count, float scale, bool coupled,
+                              std::array<int64_t, 3> slots, int64_t plane, int dtype, uintptr_t partial,
+                              uintptr_t stream) {
+    saap::WeightSalience a{address<const void>(p), p_pitch, p_columns, address<const void>(q), q_pitch, q_columns,
+                           address<const void>(w), w_stride_u, w_stride_r, lines, entries,
+                           address<const int32_t>(blocks), block_count, scale, coupled, {}, plane,
+                           static_cast<saap::Dtype>(dtype), address<float>(partial), address<void>(stream)};
+    std::copy(slots.begin(), slots.end(), a.slots);
+    check(coupled ? "coupled_salience" : "weight_salience", saap::weight_salience(a));
   });
 #endif
 }

@@ -36,25 +36,60 @@ void activation_sums_f32(const ActivationSums& arguments);
 
 enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
 
-struct ActivationSalience {
-  const void* y;
-  int64_t y_pitch;
-  const void* dy;
-  int64_t dy_pitch;
-  const int32_t* spans;  // (sequences, 2) on the device
+// A schedule of token blocks is (blocks, 5) int32 on the device: first row, rows, sequence at its last block (else -1).
+struct ActivationPlanes {
+  const void* x;  // (tokens, features)
+  int64_t x_pitch;
+  const void* dx;  // like x, or null
+  int64_t dx_pitch;
+  const float* shift;     // (features,) or null for zero
+  const int32_t* blocks;  // the schedule
+  int64_t block_count;
+  const int32_t* starts;  // (sequences + 1,) the first block of each
   int64_t sequences;
-  int64_t chunks;          // of rows_per_partial rows, enough for the longest span
-  int64_t rows_per_partial;
   int64_t features;
-  int64_t unit_size;
+  int64_t slots[4];  // planes of x * dx, x - shift, its square and max |x|, or -1
+  int64_t planes;
   Dtype dtype;
-  float* partial;  // (sequences, chunks, features)
-  float* result;   // (sequences, features / unit_size)
+  float* partial;  // (planes, blocks, features)
+  float* result;   // (planes, sequences, features)
   void* stream;
 };
 
-// result = sum over each sequence's rows and each unit's features of y * dy. Returns a cudaError_t.
-int activation_salience(const ActivationSalience& arguments);
+// Sums over each sequence's rows, every operand read once. Returns a cudaError_t.
+int activation_planes(const ActivationPlanes& arguments);
+
+struct WeightSalience {
+  const void* p;  // (tokens, p_columns) the operand on the units' side; rows of 16 bytes
+  int64_t p_pitch;
+  int64_t p_columns;
+  const void* q;  // (tokens, q_columns) the other one
+  int64_t q_pitch;
+  int64_t q_columns;
+  const void* w;  // element (line, entry) at line * w_stride_u + entry * w_stride_r
+  int64_t w_stride_u;
+  int64_t w_stride_r;
+  int64_t lines;    // of units
+  int64_t entries;  // summed
+  const int32_t* blocks;  // the schedule, in blocks of WeightSalienceTile::tokens
+  int64_t block_count;
+  float scale;
+  bool coupled;
+  int64_t slots[3];  // planes of |s|, s^2 and |s - s^2 / 2| divided by scale, or -1
+  int64_t plane;     // elements of one plane of partial
+  Dtype dtype;
+  float* partial;  // (planes, sequences, tiles of entries, lines); coupled: one sequence, of means times sequences
+  void* stream;
+};
+
+struct WeightSalienceTile {
+  int64_t entries, tokens;
+};
+
+WeightSalienceTile weight_salience_tile(Dtype dtype);
+
+// Sums over the entries of each tile of f(w * (P'Q) of each sequence). Returns a cudaError_t.
+int weight_salience(const WeightSalience& arguments);
 const char* cuda_error_string(int error);
 
 }  // namespace saap

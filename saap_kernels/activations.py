@@ -5,22 +5,20 @@ from torch import Tensor
 from saap_kernels import cpu, cuda, reference
 from saap_kernels.backend import choose
 
-IMPLEMENTED = ("triton", "cpu", "reference")  # in order of preference
+IMPLEMENTED = ("triton", "cuda", "cpu", "reference")  # in order of preference
 STATISTICS = ("sum", "square", "absmax")  # in the order of the C++ kernel
 
 
 def salience(y: Tensor, dy: Tensor, spans: Tensor, unit_size: int) -> Tensor:
     """(S, U) by the chosen backend; arguments are checked."""
-    name = choose("activation_salience", ("triton", "cuda", "cpu", "reference"), y, dy)
-    if name == "cuda":
-        return cuda.activation_salience(y, dy, spans, unit_size)
+    name = choose("activation_salience", IMPLEMENTED, y, dy)
     if name == "reference":
         return reference.activation_salience(y, dy, spans, unit_size)
     if name == "cpu":
         lines, _ = cpu.activation_sums(y, dy, spans, None, statistics=False)
         assert lines is not None  # asked for by passing dy
     else:
-        lines = _triton_sums(y, dy, spans, None, [])[0]
+        lines = _device_sums(name, y, dy, spans, None, [])[0]
     return _by_unit(lines, unit_size)
 
 
@@ -31,7 +29,7 @@ def statistics(x: Tensor, spans: Tensor, shift: Tensor | None, want: list[str]) 
         return reference.activation_statistics(x, spans, shift, want)
     if name == "cpu":
         return _cpu_statistics(cpu.activation_sums(x, None, spans, shift, statistics=True)[1], want)
-    return _triton_sums(x, None, spans, shift, want)
+    return _device_sums(name, x, None, spans, shift, want)
 
 
 def salience_statistics(
@@ -46,11 +44,15 @@ def salience_statistics(
         per_feature, sums = cpu.activation_sums(x, dx, spans, shift, statistics=True)
         assert per_feature is not None  # asked for by passing dx
         return _by_unit(per_feature, unit_size), _cpu_statistics(sums, want)
-    planes = _triton_sums(x, dx, spans, shift, want)
+    planes = _device_sums(name, x, dx, spans, shift, want)
     return _by_unit(planes[0].clone(), unit_size), planes[1:]  # an op's results must not share storage
 
 
-def _triton_sums(x: Tensor, dx: Tensor | None, spans: Tensor, shift: Tensor | None, want: list[str]) -> Tensor:
+def _device_sums(
+    name: str, x: Tensor, dx: Tensor | None, spans: Tensor, shift: Tensor | None, want: list[str]
+) -> Tensor:
+    if name == "cuda":
+        return cuda.sums(x, dx, spans, shift, want)
     from saap_kernels import triton_activations
 
     return triton_activations.sums(x, dx, spans, shift, want)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saap_kernels.schedule import as_spans, first_blocks, masked_blocks
+from saap_kernels.schedule import as_spans, first_blocks, masked_blocks, rows_per_partial
 
 BLOCK_K, BLOCK_T, WARPS = 128, 8, 4  # a warp reads 16 bytes per thread: 8 features of 16 bits
 FINISH_K = 128
@@ -97,8 +97,3 @@ def sums(x: Tensor, dx: Tensor | None, spans: Tensor, shift: Tensor | None, want
             BLOCK_K=FINISH_K, num_warps=WARPS,
         )  # fmt: skip
     return result
-
-
-def rows_per_partial(tokens: int) -> int:
-    """Tokens that one program sums: many programs for short calls, few partial sums for long ones."""
-    return 64 if tokens <= 4096 else 256

@@ -7,8 +7,8 @@ the tile is multiplied by w and summed over R into partial[want, sequence, tile 
 ordered sum adds the tiles of R and the lines of a unit. No atomics, no tensor of w's size.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saap_kernels import reference
-from saap_kernels.schedule import Spans, as_spans, masked_blocks, whole_blocks
+from saap_kernels import tiled_salience
+from saap_kernels.schedule import Spans, masked_blocks, whole_blocks
+from saap_kernels.tiled_salience import Operands
 
-PARTIAL_BYTES = 32 << 20  # partial sums of one launch; more sequences take more launches
 TAIL_T = tl.constexpr(16)  # tokens of one step over a sequence's tail, where the kernel reads without descriptors
-VECTOR = 8  # extents and pitches of P and Q are multiples of it, so that 16-byte copies stay provable
 
 
 @triton.jit
@@ -151,21 +150,11 @@ def weight_salience(
     want: list[str], scale: float, config: TileConfig | None = None,
 ) -> Tensor:  # fmt: skip
     """As ``reference.weight_salience``; fp16, bf16 or fp32, (len(want), S, U) fp32."""
-    operands = _Operands.of(x, dy, w, axis)
-    config = config or operands.config(coupled=False)
-    per_sequence = len(want) * operands.lines * -(-operands.entries // config.block_r) * 4
-    step = max(1, PARTIAL_BYTES // per_sequence)
-    ranges = as_spans(spans)
-    factors = _factors(want, ("abs", "square", "mixed"), scale)
-    parts = []
-    for start in range(0, len(ranges), step):
-        partial = _launch(operands, ranges[start : start + step], want, ("abs", "square", "mixed"), scale, config)
-        sums = partial.unflatten(-1, (-1, unit_size)).sum((2, 4))  # [want, s, U]
-        parts.append(_scaled(sums, factors))
-    result = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    if bias is not None:
-        result += reference.bias_salience(dy, bias, spans, unit_size, want, scale)
-    return result
+    operands = Operands.of(x, dy, w, axis)
+    config = config or _config(operands, coupled=False)
+    launch = partial(_launch, operands, scale, config, False)
+    tiles = -(-operands.entries // config.block_r)
+    return tiled_salience.weight_salience(launch, operands, tiles, dy, spans, unit_size, bias, want, scale)
 
 
 def coupled_salience(
@@ -173,74 +162,32 @@ def coupled_salience(
     want: list[str], scale: float, config: TileConfig | None = None,
 ) -> Tensor:  # fmt: skip
     """As ``reference.coupled_salience``; fp16, bf16 or fp32, (len(want), U) fp32."""
-    operands = _Operands.of(x, dy, w, axis)
-    config = config or operands.config(coupled=True)
-    names = ("first", "second", "mixed")
-    partial = _launch(operands, as_spans(spans), want, names, scale, config, coupled=True)
-    factors = [factor / len(spans) for factor in _factors(want, names, scale)]
-    result = _scaled(partial.unflatten(-1, (-1, unit_size)).sum((1, 2, 4)), factors)
-    if bias is not None:
-        result += reference.coupled_bias_salience(dy, bias, spans, unit_size, want, scale)
-    return result
+    operands = Operands.of(x, dy, w, axis)
+    config = config or _config(operands, coupled=True)
+    launch = partial(_launch, operands, scale, config, True)
+    return tiled_salience.coupled_salience(launch, dy, spans, unit_size, bias, want, scale)
 
 
-def _factors(want: Sequence[str], names: Sequence[str], scale: float) -> list[float]:
-    """What turns sums over t = s / scale into sums over s; "mixed" has the inner scale already."""
-    return [scale * scale if name == names[1] else abs(scale) for name in want]
-
-
-def _scaled(sums: Tensor, factors: list[float]) -> Tensor:
-    """Each plane times its factor, in place: no tensor comes from the host, so graphs can capture it."""
-    for plane, factor in zip(sums, factors, strict=True):
-        if factor != 1.0:
-            plane.mul_(factor)
-    return sums
-
-
-@dataclass(frozen=True)
-class _Operands:
-    p: Tensor  # (T, lines rounded up to VECTOR)
-    q: Tensor  # (T, entries rounded up to VECTOR)
-    w: Tensor
-    lines: int
-    entries: int
-    w_stride_u: int
-    w_stride_r: int
-
-    @classmethod
-    def of(cls, x: Tensor, dy: Tensor, w: Tensor, axis: str) -> "_Operands":
-        rows, columns = w.shape
-        if axis == "out":
-            return cls(_aligned(dy), _aligned(x), w, rows, columns, w.stride(0), 1)
-        return cls(_aligned(x), _aligned(dy), w, columns, rows, 1, w.stride(0))
-
-    def config(self, *, coupled: bool) -> TileConfig:
-        processors, capability = 1, 80
-        if self.p.is_cuda:
-            properties = torch.cuda.get_device_properties(self.p.device)
-            processors, capability = properties.multi_processor_count, properties.major * 10 + properties.minor
-        return choose_config(
-            self.lines, self.entries, self.p.dtype, coupled=coupled, processors=processors, capability=capability
-        )
-
-
-def _aligned(operand: Tensor) -> Tensor:
-    """``operand``, or a copy whose extent is a multiple of VECTOR, zero-padded, with 16-byte rows."""
-    extent = operand.shape[1]
-    if extent % VECTOR == 0 and operand.stride(0) % VECTOR == 0 and operand.data_ptr() % 16 == 0:
-        return operand
-    return torch.nn.functional.pad(operand, (0, -extent % VECTOR)).contiguous()
+def _config(operands: Operands, *, coupled: bool) -> TileConfig:
+    processors, capability = 1, 80
+    if operands.p.is_cuda:
+        properties = torch.cuda.get_device_properties(operands.p.device)
+        processors, capability = properties.multi_processor_count, properties.major * 10 + properties.minor
+    return choose_config(
+        operands.lines, operands.entries, operands.p.dtype,
+        coupled=coupled, processors=processors, capability=capability,
+    )  # fmt: skip
 
 
 def _launch(
-    operands: _Operands, spans: Spans, want: list[str], names: tuple[str, str, str], scale: float,
-    config: TileConfig, *, coupled: bool = False,
-) -> Tensor:  # fmt: skip
-    """partial (len(want), S or 1, tiles of R, lines) fp32: sums over the entries of each tile."""
+    operands: Operands, scale: float, config: TileConfig, coupled: bool, spans: Spans, slots: list[int]
+) -> Tensor:
+    """See ``tiled_salience.Launch``."""
     p, q, device = operands.p, operands.q, operands.p.device
     tiles = -(-operands.lines // config.block_u), -(-operands.entries // config.block_r)
     planes = 1 if coupled else len(spans)
-    partial = torch.empty(len(want), planes, tiles[1], operands.lines, dtype=torch.float32, device=device)
+    wanted = sum(slot >= 0 for slot in slots)
+    sums = torch.empty(wanted, planes, tiles[1], operands.lines, dtype=torch.float32, device=device)
     p_descriptor: Any = p
     q_descriptor: Any = q
     if config.descriptors:
@@ -251,19 +198,18 @@ def _launch(
         blocks = whole_blocks(spans, config.block_t, p.shape[0], device)
     else:
         blocks = masked_blocks(spans, config.block_t, device)
-    slots = {name: want.index(name) if name in want else -1 for name in names}
     programs = tiles[0] * tiles[1]
     if p.is_cuda:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         programs = min(programs, processors * config.per_processor)
     with torch.cuda.device(device) if p.is_cuda else torch.no_grad():
         weight_salience_kernel[(programs,)](
-            p, q, p_descriptor, q_descriptor, operands.w, blocks, partial,
+            p, q, p_descriptor, q_descriptor, operands.w, blocks, sums,
             operands.lines, operands.entries, p.shape[1] // 8, q.shape[1] // 8, p.stride(0) // 8, q.stride(0) // 8,
             operands.w_stride_u, operands.w_stride_r, len(blocks) - 1, planes * tiles[1] * operands.lines, float(scale),
-            ABS=slots[names[0]], SQUARE=slots[names[1]], MIXED=slots[names[2]],
+            ABS=slots[0], SQUARE=slots[1], MIXED=slots[2],
             COUPLED=coupled, DESCRIPTORS=config.descriptors, EXACT_FP32=p.dtype == torch.float32,
             BLOCK_U=config.block_u, BLOCK_R=config.block_r, BLOCK_T=config.block_t, GROUP_U=8,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    return partial
+    return sums

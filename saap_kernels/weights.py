@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from saap_kernels import cpu, reference
+from saap_kernels import cpu, cuda, reference
 from saap_kernels.backend import choose
 
-IMPLEMENTED = ("triton", "cpu", "reference")  # in order of preference
+IMPLEMENTED = ("triton", "cuda", "cpu", "reference")  # in order of preference
 
 
 def weight_salience(
@@ -18,8 +18,8 @@ def weight_salience(
         from saap_kernels import triton_weight_salience
 
         return triton_weight_salience.weight_salience(x, dy, w, spans, axis, unit_size, bias, want, scale)
-    run = cpu.weight_salience if name == "cpu" else reference.weight_salience
-    return run(x, dy, w, spans, axis, unit_size, bias, want, scale)
+    module = {"cuda": cuda, "cpu": cpu, "reference": reference}[name]
+    return module.weight_salience(x, dy, w, spans, axis, unit_size, bias, want, scale)
 
 
 def coupled_salience(
@@ -32,5 +32,5 @@ def coupled_salience(
         from saap_kernels import triton_weight_salience
 
         return triton_weight_salience.coupled_salience(x, dy, w, spans, axis, unit_size, bias, want, scale)
-    run = cpu.coupled_salience if name == "cpu" else reference.coupled_salience
-    return run(x, dy, w, spans, axis, unit_size, bias, want, scale)
+    module = {"cuda": cuda, "cpu": cpu, "reference": reference}[name]
+    return module.coupled_salience(x, dy, w, spans, axis, unit_size, bias, want, scale)

@@ -3,11 +3,13 @@
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.compile_report import bundled
 from saap_kernels import _ext
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -50,15 +52,38 @@ def test_salience_reduce_adds_to_what_is_there() -> None:
     assert sums.tolist() == [[14, 14], [14, 14], [12, 12]]
 
 
+REGISTERS = {"weight_salience.cu": 255, "activation_sums.cu": 96}  # one block of 256 threads; several of 128
+
+
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_cuda_sources_compile_without_spills(tmp_path, arch: str) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not installed")
     for source in CSRC.glob("*.cu"):
-        command = [nvcc, "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v", "-c", str(source)]
+        target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        command = [nvcc, "-O3", "-std=c++17", target, "-Xptxas=-v", "-Werror=all-warnings", "-c", str(source)]
         done = subprocess.run([*command, "-o", str(tmp_path / "out.o")], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
         assert frames and all(frame == ("0", "0", "0") for frame in frames), done.stderr
-        assert max(map(int, re.findall(r"Used (\d+) registers", done.stderr))) <= 64
+        assert max(map(int, re.findall(r"Used (\d+) registers", done.stderr))) <= REGISTERS[source.name]
+
+
+@pytest.mark.parametrize(("arch", "target"), [("80", "sm_80"), ("90a", "sm_90a")])
+def test_cuda_tiles_run_on_tensor_cores_with_16_byte_copies(tmp_path, arch: str, target: str) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    cubin = tmp_path / "out.cubin"
+    source = str(CSRC / "weight_salience.cu")
+    command = [nvcc, "-O3", "-std=c++17", f"-gencode=arch=compute_{arch},code={target}", "-cubin", "-o", str(cubin)]
+    subprocess.run([*command, source], check=True)
+    sass = subprocess.run([bundled("cuobjdump"), "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    kernels = sass.split("Function : ")[1:]
+    assert len(kernels) == 6  # three dtypes, additive and coupled
+    for kernel in kernels:
+        found = Counter(re.findall(r"\b(HMMA\.16816|LDSM\.16\.MT88\.4|LDGSTS\.E\.BYPASS\.128|LDL|STL)\b", kernel))
+        assert found["LDGSTS.E.BYPASS.128"] >= 12 and not found["LDL"] and not found["STL"]
+        if "kernelIf" not in kernel.splitlines()[0]:  # fp32 runs on the ordinary units
+            assert found["HMMA.16816"] >= 16 and found["LDSM.16.MT88.4"] >= 8

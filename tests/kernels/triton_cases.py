@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import saap_kernels as K
-from saap_kernels import triton_weight_salience
+from saap_kernels import tiled_salience, triton_weight_salience
 from saap_kernels.triton_weight_salience import TileConfig
 from tests.kernels import oracles
 from tests.kernels.test_calibration_ops import SHAPES, assert_as_exact_as_eager, problem
@@ -62,7 +62,7 @@ def test_coupled_salience(tokens, rows, columns, unit, axis, dtype, config) -> N
 def test_more_sequences_than_one_launch_holds_take_several(monkeypatch) -> None:
     x, dy, w, bias, spans = problem(60, 33, 40, torch.float32)
     whole = triton_weight_salience.weight_salience(*on_device(x, dy, w), spans, "out", 3, None, ORDERS, 1.0)
-    monkeypatch.setattr(triton_weight_salience, "PARTIAL_BYTES", 1)
+    monkeypatch.setattr(tiled_salience, "PARTIAL_BYTES", 1)
     parts = triton_weight_salience.weight_salience(*on_device(x, dy, w), spans, "out", 3, None, ORDERS, 1.0)
     assert torch.equal(whole, parts)
 

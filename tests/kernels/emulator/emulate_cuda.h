@@ -1,0 +1,265 @@
+// Runs the CUDA kernels of csrc/ on the host, thread by thread, so that their indices and their order of copies,
+// barriers and collectives can be tested without a device. Every thread of a block is a fiber; barriers and warp
+// collectives switch fibers until all have arrived. Copies to shared memory happen when they are waited for, not
+// before, and shared memory starts as NaN: a missing wait or barrier gives a wrong result.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+using cudaError_t = int;
+inline const char* cudaGetErrorString(cudaError_t error) { return error ? "invalid argument" : "no error"; }
+
+namespace saap {
+
+struct half {
+  _Float16 value;
+  half() = default;
+  explicit half(float v) : value(static_cast<_Float16>(v)) {}
+};
+struct bfloat16 {
+  uint16_t bits;
+  bfloat16() = default;
+  explicit bfloat16(float v) {
+    uint32_t wide;
+    std::memcpy(&wide, &v, 4);
+    bits = uint16_t(wide >> 16);  // kernels convert zero only
+  }
+};
+
+inline float to_float(float v) { return v; }
+inline float to_float(half v) { return static_cast<float>(v.value); }
+inline float to_float(bfloat16 v) {
+  const uint32_t wide = uint32_t(v.bits) << 16;
+  float result;
+  std::memcpy(&result, &wide, 4);
+  return result;
+}
+
+namespace emulated {
+
+struct Copy {
+  char* to;
+  const char* from;  // null: zeros
+};
+
+struct Barrier {
+  int arrived = 0;
+  long generation = 0;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(64 << 10);
+  std::vector<std::vector<Copy>> groups = std::vector<std::vector<Copy>>(1);  // the last one is open
+  dim3 thread;
+  bool done = false;
+};
+
+struct Warp {
+  Barrier barrier;
+  uint32_t words[32][6];
+  const char* addresses[32];
+  float floats[32];
+};
+
+struct Block {
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Warp> warps;
+  std::vector<char> shared;
+  Barrier barrier;
+  dim3 index;
+  ucontext_t scheduler;
+  size_t current = 0;
+  std::function<void()> body;
+  std::exception_ptr error;
+};
+
+inline Block* block = nullptr;
+
+inline Fiber& self() { return *block->fibers[block->current]; }
+inline Warp& warp() { return block->warps[block->current / 32]; }
+inline size_t lane() { return block->current % 32; }
+inline void yield() { swapcontext(&self().context, &block->scheduler); }
+
+inline void wait(Barrier& barrier, size_t threads) {
+  const long generation = barrier.generation;
+  if (++barrier.arrived == int(threads)) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  while (barrier.generation == generation) yield();
+}
+inline void wait_for_warp() { wait(warp().barrier, std::min<size_t>(32, block->fibers.size())); }
+
+inline void fiber_main() {
+  try {
+    block->body();
+  } catch (...) {  // must not leave the fiber
+    block->error = std::current_exception();
+  }
+  self().done = true;
+  yield();
+}
+
+// Round after round over all fibers; a round in which nothing can move would loop for ever, so it is an error.
+inline void run_block() {
+  for (auto& fiber : block->fibers) {
+    getcontext(&fiber->context);
+    fiber->context.uc_stack.ss_sp = fiber->stack.data();
+    fiber->context.uc_stack.ss_size = fiber->stack.size();
+    fiber->context.uc_link = nullptr;
+    makecontext(&fiber->context, fiber_main, 0);
+  }
+  for (bool alive = true; alive;) {
+    alive = false;
+    const auto arrivals = [] {
+      long sum = block->barrier.generation * 4096 + block->barrier.arrived;
+      for (const Warp& warp : block->warps) sum += warp.barrier.generation * 64 + warp.barrier.arrived;
+      for (const auto& fiber : block->fibers) sum += fiber->done;
+      return sum;
+    };
+    const long before = arrivals();
+    for (block->current = 0; block->current < block->fibers.size(); ++block->current)
+      if (!self().done) {
+        alive = true;
+        swapcontext(&block->scheduler, &self().context);
+        if (block->error) std::rethrow_exception(block->error);
+      }
+    if (alive && arrivals() == before) throw std::runtime_error("emulated block: threads wait for one another for ever");
+  }
+}
+
+}  // namespace emulated
+
+#define threadIdx (saap::emulated::self().thread)
+#define blockIdx (saap::emulated::block->index)
+
+inline uint4 load_streaming(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) throw std::runtime_error("misaligned 16-byte load");
+  uint4 result;
+  std::memcpy(&result, address, 16);
+  return result;
+}
+inline void synchronise() { emulated::wait(emulated::block->barrier, emulated::block->fibers.size()); }
+
+inline float shuffle_xor(float v, int mask) {
+  auto& warp = emulated::warp();
+  warp.floats[emulated::lane()] = v;
+  emulated::wait_for_warp();
+  const float result = warp.floats[emulated::lane() ^ mask];
+  emulated::wait_for_warp();
+  return result;
+}
+
+inline void copy_async(void* shared, const void* global, int bytes) {
+  if (bytes != 0 && (bytes != 16 || reinterpret_cast<uintptr_t>(global) % 16 != 0))
+    throw std::runtime_error("misaligned or partial asynchronous copy");
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) throw std::runtime_error("misaligned copy target");
+  emulated::self().groups.back().push_back({static_cast<char*>(shared), bytes ? static_cast<const char*>(global) : nullptr});
+}
+inline void commit_copies() { emulated::self().groups.emplace_back(); }
+template <int Newest>
+void wait_for_copies_but() {
+  auto& groups = emulated::self().groups;
+  while (groups.size() > Newest + 1) {  // and the open one
+    for (const auto& copy : groups.front()) {
+      if (copy.from) std::memcpy(copy.to, copy.from, 16);
+      else std::memset(copy.to, 0, 16);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+// PTX ISA, ldmatrix .x4 .trans: of matrix i, lane l receives rows 2 (l % 4) and 2 (l % 4) + 1 of column l / 4.
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* shared) {
+  auto& warp = emulated::warp();
+  const size_t l = emulated::lane();
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) throw std::runtime_error("misaligned matrix row");
+  warp.addresses[l] = static_cast<const char*>(shared);
+  emulated::wait_for_warp();
+  for (size_t i = 0; i < 4; ++i) {
+    uint16_t values[2];
+    for (size_t e = 0; e < 2; ++e) std::memcpy(&values[e], warp.addresses[8 * i + 2 * (l % 4) + e] + 2 * (l / 4), 2);
+    r[i] = values[0] | uint32_t(values[1]) << 16;
+  }
+  emulated::wait_for_warp();
+}
+
+// PTX ISA, mma.m16n8k16, fragments of 16-bit A and B and of fp32 C.
+template <typename T>
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
+  auto& warp = emulated::warp();
+  const size_t l = emulated::lane(), group = l / 4, inside = l % 4;
+  std::copy(a, a + 4, warp.words[l]);
+  std::copy(b, b + 2, warp.words[l] + 4);
+  emulated::wait_for_warp();
+  const auto value = [&](size_t lane, size_t word, size_t which) {
+    const uint16_t bits = uint16_t(warp.words[lane][word] >> (16 * which));
+    T result;
+    std::memcpy(&result, &bits, 2);
+    return to_float(result);
+  };
+  for (size_t e = 0; e < 4; ++e) {
+    const size_t row = group + 8 * (e / 2), column = 2 * inside + e % 2;
+    for (size_t k = 0; k < 16; ++k) {
+      const float left = value(row % 8 * 4 + k % 8 / 2, row / 8 + 2 * (k / 8), k % 2);
+      const float right = value(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+      c[e] += left * right;
+    }
+  }
+  emulated::wait_for_warp();
+}
+
+inline char* dynamic_shared() {
+  const auto start = reinterpret_cast<uintptr_t>(emulated::block->shared.data());
+  return reinterpret_cast<char*>((start + 127) / 128 * 128);
+}
+
+template <typename Arguments>
+int launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared_bytes, void*, const Arguments& arguments) {
+  emulated::Block block;
+  for (int index = 0; index < threads; ++index) {
+    block.fibers.push_back(std::make_unique<emulated::Fiber>());
+    block.fibers.back()->thread = dim3(index);
+  }
+  block.warps.resize((threads + 31) / 32);
+  block.body = [&] { kernel(arguments); };
+  emulated::block = &block;
+  for (unsigned x = 0; x < grid.x; ++x) {
+    block.index = dim3(x);
+    block.shared.assign(size_t(shared_bytes) + 128, char(0xff));  // NaN in every type
+    for (auto& fiber : block.fibers) {
+      fiber->done = false;
+      fiber->groups.assign(1, {});
+    }
+    emulated::run_block();
+  }
+  emulated::block = nullptr;
+  return cudaSuccess;
+}
+
+}  // namespace saap
