@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <array>
 #include <stdexcept>
-#include <string>
 
 #include "kernels.h"
 
@@ -19,8 +18,8 @@ T* address(uintptr_t value) {
 }
 
 #ifdef SAAP_CUDA
-void check(const char* kernel, int error) {
-  if (error != 0) throw std::runtime_error(std::string(kernel) + ": " + saap::cuda_error_string(error));
+void check(int error) {
+  if (error != 0) throw std::runtime_error(saap::cuda_error_string(error));
 }
 #endif
 
@@ -84,7 +83,7 @@ PYBIND11_MODULE(_C, m) {
                              static_cast<saap::Dtype>(dtype), address<float>(partial), address<float>(result),
                              address<void>(stream)};
     std::copy(slots.begin(), slots.end(), a.slots);
-    check("activation_planes", saap::activation_planes(a));
+    check(saap::activation_planes(a));
   });
   m.def("weight_salience_tile", [](int dtype) {
     const auto tile = saap::weight_salience_tile(static_cast<saap::Dtype>(dtype));
@@ -100,7 +99,7 @@ PYBIND11_MODULE(_C, m) {
                            address<const int32_t>(blocks), block_count, scale, coupled, {}, plane,
                            static_cast<saap::Dtype>(dtype), address<float>(partial), address<void>(stream)};
     std::copy(slots.begin(), slots.end(), a.slots);
-    check(coupled ? "coupled_salience" : "weight_salience", saap::weight_salience(a));
+    check(saap::weight_salience(a));
   });
 #endif
 }

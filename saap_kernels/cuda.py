@@ -1,7 +1,6 @@
 """CUDA backend: checks nothing, allocates outputs, hands raw addresses and the stream to the kernels of csrc/."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import ModuleType
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saap_kernels import _ext, tiled_salience
+from saap_kernels._launch import launching
 from saap_kernels.schedule import Spans, as_spans, first_blocks, masked_blocks, rows_per_partial
 from saap_kernels.tiled_salience import Operands
 
@@ -42,7 +42,7 @@ def _launch(operands: Operands, scale: float, coupled: bool, spans: Spans, slots
     p, q, w = operands.p, operands.q, operands.w
     entries, tokens = _native().weight_salience_tile(_DTYPES[p.dtype])
     shape = 1 if coupled else len(spans), -(-operands.entries // entries), operands.lines
-    with _on(p.device):
+    with launching("coupled_salience" if coupled else "weight_salience", p.device):
         blocks = masked_blocks(spans, tokens, p.device)
         sums = torch.empty(sum(slot >= 0 for slot in slots), *shape, dtype=torch.float32, device=p.device)
         _native().weight_salience(
@@ -60,7 +60,7 @@ def sums(x: Tensor, dx: Tensor | None, spans: Tensor, shift: Tensor | None, want
     planes = ([] if dx is None else ["salience"]) + list(want)
     slots = [planes.index(name) if name in planes else -1 for name in PLANES]
     rows = rows_per_partial(ranges[-1][1] - ranges[0][0])
-    with _on(device):
+    with launching("activation_planes", device):
         blocks, starts = masked_blocks(ranges, rows, device), first_blocks(ranges, rows, device)
         count = len(blocks) - 1
         partial = torch.empty(len(planes), count, features, dtype=torch.float32, device=device)
@@ -78,10 +78,6 @@ def _native() -> ModuleType:
     native = _ext.native()
     assert native is not None  # the backend choice made sure
     return native
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # tests emulate on the CPU
 
 
 def _stream(device: torch.device) -> int:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saap_kernels._launch import launching
 from saap_kernels.schedule import as_spans, first_blocks, masked_blocks, rows_per_partial
 
 BLOCK_K, BLOCK_T, WARPS = 128, 8, 4  # a warp reads 16 bytes per thread: 8 features of 16 bits
@@ -85,7 +86,7 @@ def sums(x: Tensor, dx: Tensor | None, spans: Tensor, shift: Tensor | None, want
     count = len(blocks) - 1
     partial = torch.empty(len(planes), count, features, dtype=torch.float32, device=device)
     result = torch.empty(len(planes), len(ranges), features, dtype=torch.float32, device=device)
-    with torch.cuda.device(device) if x.is_cuda else torch.no_grad():
+    with launching("activation_sums_kernel", device):
         activation_sums_kernel[(-(-features // BLOCK_K), count)](
             x, x if dx is None else dx, x if shift is None else shift, blocks, partial, features,
             x.stride(0), x.stride(0) if dx is None else dx.stride(0), count * features,

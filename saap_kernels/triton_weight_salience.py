@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saap_kernels import tiled_salience
+from saap_kernels._launch import launching
 from saap_kernels.schedule import Spans, masked_blocks, whole_blocks
 from saap_kernels.tiled_salience import Operands
 
@@ -202,7 +203,7 @@ def _launch(
     if p.is_cuda:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         programs = min(programs, processors * config.per_processor)
-    with torch.cuda.device(device) if p.is_cuda else torch.no_grad():
+    with launching("weight_salience_kernel", device):
         weight_salience_kernel[(programs,)](
             p, q, p_descriptor, q_descriptor, operands.w, blocks, sums,
             operands.lines, operands.entries, p.shape[1] // 8, q.shape[1] // 8, p.stride(0) // 8, q.stride(0) // 8,

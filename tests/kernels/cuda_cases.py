@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from saap_kernels import cuda, tiled_salience
-from tests.kernels import oracles
+from tests.kernels import edges, oracles
 from tests.kernels.test_calibration_ops import SHAPES, assert_as_exact_as_eager, problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -101,3 +101,19 @@ def test_activation_sums(tokens, features, aligned, dtype) -> None:
         assert ((got[1] - moved.sum(0)).abs() <= moved.abs().sum(0) * rounding + 1e-6).all()
         assert ((got[2] - moved.square().sum(0)).abs() <= moved.square().sum(0) * 3 * rounding).all()
         assert torch.equal(got[3], rows.abs().amax(0))
+
+
+def run(op: str, x, dy, *others, axis: str = "out", unit_size: int = 1) -> torch.Tensor:
+    """An op by its name, as ``edges`` asks for it."""
+    if op == "activation_salience":
+        return cuda.sums(*on_device(x, dy), others[0], None, [])[0].cpu()
+    if op == "activation_statistics":
+        return cuda.sums(*on_device(x), None, dy, None, ["sum", "square", "absmax"]).cpu()
+    want = ORDERS if op == "weight_salience" else COUPLED
+    return getattr(cuda, op)(*on_device(x, dy, others[0]), others[1], axis, unit_size, None, want, 1.0).cpu()
+
+
+@pytest.mark.parametrize("edge", [edges.one_token, edges.zero_gradient, edges.offsets_past_2_to_the_31])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_edges(edge, dtype) -> None:
+    edge(run, dtype, DEVICE)

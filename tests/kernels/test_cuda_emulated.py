@@ -1,10 +1,12 @@
 """The CUDA C++ kernels on the host: csrc/ compiled with an emulator of threads, barriers, copies and collectives."""
 
 import pytest
+import torch
 
-from saap_kernels import _ext
+from saap_kernels import _ext, cuda
 from tests.kernels.cuda_cases import *  # noqa: F403  every case
 from tests.kernels.emulator.build import build_emulated
+from tests.kernels.test_calibration_ops import problem
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -15,11 +17,12 @@ def emulated(tmp_path_factory):
         yield module
 
 
-def test_a_failed_launch_carries_the_name_of_the_kernel(emulated) -> None:
-    arguments = [0] * 6 + [0, 0, 0, 8, 8, 0, 0, 1.0]
-    with pytest.raises(RuntimeError, match="^weight_salience: invalid argument$"):
-        emulated.weight_salience(*arguments, False, [0, 1, 2], 0, 9, 0, 0)
-    with pytest.raises(RuntimeError, match="^coupled_salience: invalid argument$"):
-        emulated.weight_salience(*arguments, True, [0, 1, 2], 0, 9, 0, 0)
-    with pytest.raises(RuntimeError, match="^activation_planes: invalid argument$"):
-        emulated.activation_planes(0, 0, 0, 0, 0, 0, 0, 0, 1, 8, [0, -1, -1, -1], 1, 9, 0, 0, 0)
+def test_a_failed_launch_carries_the_name_of_the_kernel(monkeypatch) -> None:
+    x, dy, w, _, spans = problem(17, 6, 9, torch.float16)
+    monkeypatch.setattr(cuda, "_DTYPES", {torch.float16: 9})  # what the kernels refuse
+    with pytest.raises(RuntimeError, match="^weight_salience on cpu: invalid argument$"):
+        cuda.weight_salience(x, dy, w, spans, "out", 1, None, ["abs"], 1.0)
+    with pytest.raises(RuntimeError, match="^coupled_salience on cpu: invalid argument$"):
+        cuda.coupled_salience(x, dy, w, spans, "out", 1, None, ["first"], 1.0)
+    with pytest.raises(RuntimeError, match="^activation_planes on cpu: invalid argument$"):
+        cuda.sums(x, x, spans, None, [])

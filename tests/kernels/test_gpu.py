@@ -13,6 +13,7 @@ from tests.kernels.triton_cases import (  # noqa: F401  the same cases, on the d
     test_activation_ops,
     test_calibration_plans_the_same_as_the_cpu,
     test_coupled_salience,
+    test_edges,
     test_more_sequences_than_one_launch_holds_take_several,
     test_orders_are_chosen_and_placed_by_want,
     test_weight_salience,

@@ -9,7 +9,7 @@ import torch
 import saap_kernels as K
 from saap_kernels import tiled_salience, triton_weight_salience
 from saap_kernels.triton_weight_salience import TileConfig
-from tests.kernels import oracles
+from tests.kernels import edges, oracles
 from tests.kernels.test_calibration_ops import SHAPES, assert_as_exact_as_eager, problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -133,3 +133,25 @@ def test_calibration_plans_the_same_as_the_cpu() -> None:
         statistics = calibrate(model, data=ids, samples=3, seq_len=8, backend=backend)
         plans.append(search(score(statistics), 0.05, multiple=1).layers)
     assert plans[0] == plans[1]
+
+
+def run(op: str, *arguments, **options) -> torch.Tensor:
+    """An op by its name, as ``edges`` asks for it; spans stay on the host."""
+    with K.use_backend("triton"):
+        return getattr(K, op)(*on_device(*arguments[:-1]), arguments[-1], **options).cpu()
+
+
+@pytest.mark.parametrize("edge", [edges.one_token, edges.zero_gradient, edges.offsets_past_2_to_the_31])
+def test_edges(edge) -> None:
+    edge(run, torch.float16, DEVICE)
+
+
+def test_a_failed_launch_carries_the_name_of_the_kernel(monkeypatch) -> None:
+    class Failing:
+        def __getitem__(self, grid):
+            raise RuntimeError("planted")
+
+    x, dy, w, _, spans = problem(17, 6, 9, torch.float16)
+    monkeypatch.setattr(triton_weight_salience, "weight_salience_kernel", Failing())
+    with pytest.raises(RuntimeError, match=f"^weight_salience_kernel on {DEVICE}.*: planted$"):
+        run("weight_salience", x, dy, w, spans, axis="out")

@@ -1,0 +1,60 @@
+"""Edges every backend must pass; ``run`` maps an op's name and its arguments to that backend's result."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tests.kernels import oracles
+
+Run = Callable[..., Tensor]
+PITCH = 1 << 29  # elements: the sixth row starts behind 2^31
+
+
+def one_token(run: Run, dtype: torch.dtype, device: str = "cpu") -> None:
+    """T = 1 and a single sequence: dW is the outer product of two rows."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy, w = (torch.randn(*shape, generator=generator).to(device, dtype) for shape in ((1, 24), (1, 16), (16, 24)))
+    spans = torch.tensor([[0, 1]], dtype=torch.int32)
+    got = run("weight_salience", x, dy, w, spans, axis="out", unit_size=4)
+    exact = oracles.weight_salience(x.cpu(), dy.cpu(), w.cpu(), spans, axis="out", unit_size=4)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=0)  # fp32: positive terms, 96 of them
+    signed = run("activation_salience", x, x, spans)
+    torch.testing.assert_close(signed.double(), x.cpu().double().square(), rtol=1e-6, atol=0)
+
+
+def zero_gradient(run: Run, dtype: torch.dtype, device: str = "cpu") -> None:
+    """dy = 0 gives zeros, not NaN, in every op that multiplies by it."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(*shape, generator=generator).to(device, dtype) for shape in ((9, 24), (16, 24)))
+    dy, dx = torch.zeros(9, 16, dtype=dtype, device=device), torch.zeros_like(x)
+    spans = torch.tensor([[0, 4], [4, 9]], dtype=torch.int32)
+    for axis in ("out", "in"):
+        for op in ("weight_salience", "coupled_salience"):
+            assert not run(op, x, dy, w, spans, axis=axis, unit_size=2).any()
+    assert not run("activation_salience", x, dx, spans).any()
+
+
+def offsets_past_2_to_the_31(run: Run, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Rows whose elements lie behind 2^31, in a storage of which only the pages of six rows are ever touched."""
+    storage = torch.empty(5 * PITCH + 64, dtype=dtype, device=device)
+    generator = torch.Generator().manual_seed(0)
+    far = storage.as_strided((6, 24), (PITCH, 1))
+    far.copy_(torch.randn(6, 24, generator=generator))
+    near = far.contiguous()
+    other = torch.randn(6, 16, generator=generator).to(device, dtype)
+    w = torch.randn(16, 24, generator=generator).to(device, dtype)
+    spans = torch.tensor([[0, 2], [2, 6]], dtype=torch.int32)
+
+    def equal(op: str, there: tuple[Tensor, ...], here: tuple[Tensor, ...], **options: object) -> None:
+        assert torch.equal(run(op, *there, spans, **options), run(op, *here, spans, **options)), op
+
+    for axis in ("out", "in"):
+        equal("weight_salience", (far, other, w), (near, other, w), axis=axis)  # x
+        equal("weight_salience", (other, far, w.T.contiguous()), (other, near, w.T.contiguous()), axis=axis)  # dy
+        weight = torch.randn(6, 6, generator=generator).to(device, dtype)
+        equal(
+            "weight_salience", (weight, other[:, :6], far[:, :6]), (weight, other[:, :6], near[:, :6]), axis=axis
+        )  # w
+    equal("activation_salience", (far, near), (near, near))
+    equal("activation_statistics", (far,), (near,))
