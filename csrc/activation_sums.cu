@@ -111,7 +111,7 @@ template <typename T>
 int run(const ActivationPlanes& a) {
   const bool wide = vectors<T>(a.x, a.x_pitch, a.features) && (!a.dx || vectors<T>(a.dx, a.dx_pitch, a.features));
   const int error = wide ? run<T, kVector<T>>(a) : run<T, 1>(a);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess || a.result == nullptr) return error;
   const int64_t rows = a.planes * a.sequences, blocks = (a.features + kThreads - 1) / kThreads * rows;
   return launch(sum_sequence, dim3(unsigned(blocks)), kThreads, 0, a.stream, a);
 }

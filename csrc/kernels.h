@@ -52,7 +52,7 @@ struct ActivationPlanes {
   int64_t planes;
   Dtype dtype;
   float* partial;  // (planes, blocks, features)
-  float* result;   // (planes, sequences, features)
+  float* result;   // (planes, sequences, features), or null if every sequence is one block: partial is the result
   void* stream;
 };
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from saap import distributed
 from saap.collector import Collector
 from saap.data import check_tokenizer, data_fingerprint, pack
+from saap.determinism import deterministic_kernels
 from saap.families import family_of, layers_of
 from saap.loss import backward_sequence_losses, sequence_spans
 from saap.memory import activation_bytes, available_bytes
@@ -78,11 +79,11 @@ def calibrate(
         checkpoint = activation_bytes(units, batch * seq_len, dtype) > 0.5 * available_bytes(device)
     scale = FP16_LOSS_SCALE if dtype == torch.float16 else 1.0
     options: dict[str, Any] = {"backend": backend, "loss_scale": scale, "coupled": coupled}
-    if streaming is None:
-        with Collector(model, units, **options, checkpoint_layers=bool(checkpoint)) as collector:
+    options |= {"checkpoint_layers": bool(checkpoint)} if streaming is None else {"read_weights": False}
+    with deterministic_kernels(device), Collector(model, units, **options) as collector:
+        if streaming is None:
             _collect_all(collector, mine, batch, progress)
-    else:
-        with Collector(model, units, **options, read_weights=False) as collector:
+        else:
             stream_collect(collector, mine, batch, streaming, progress)
     statistics = collector.statistics
     distributed.all_reduce(statistics)

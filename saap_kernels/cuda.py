@@ -64,12 +64,14 @@ def sums(x: Tensor, dx: Tensor | None, spans: Tensor, shift: Tensor | None, want
         blocks, starts = masked_blocks(ranges, rows, device), first_blocks(ranges, rows, device)
         count = len(blocks) - 1
         partial = torch.empty(len(planes), count, features, dtype=torch.float32, device=device)
-        result = torch.empty(len(planes), len(ranges), features, dtype=torch.float32, device=device)
+        whole = count == len(ranges)  # every sequence is one block: nothing is left to add
+        result = partial if whole else partial.new_empty(len(planes), len(ranges), features)
         about = None if shift is None else shift.float().contiguous()
         _native().activation_planes(
             x.data_ptr(), x.stride(0), 0 if dx is None else dx.data_ptr(), 0 if dx is None else dx.stride(0),
             0 if about is None else about.data_ptr(), blocks.data_ptr(), count, starts.data_ptr(), len(ranges),
-            features, slots, len(planes), _DTYPES[x.dtype], partial.data_ptr(), result.data_ptr(), _stream(device),
+            features, slots, len(planes), _DTYPES[x.dtype], partial.data_ptr(),
+            0 if whole else result.data_ptr(), _stream(device),
         )  # fmt: skip
     return result
 

@@ -85,7 +85,6 @@ def sums(x: Tensor, dx: Tensor | None, spans: Tensor, shift: Tensor | None, want
     blocks, starts = masked_blocks(ranges, rows, device), first_blocks(ranges, rows, device)
     count = len(blocks) - 1
     partial = torch.empty(len(planes), count, features, dtype=torch.float32, device=device)
-    result = torch.empty(len(planes), len(ranges), features, dtype=torch.float32, device=device)
     with launching("activation_sums_kernel", device):
         activation_sums_kernel[(-(-features // BLOCK_K), count)](
             x, x if dx is None else dx, x if shift is None else shift, blocks, partial, features,
@@ -93,6 +92,9 @@ def sums(x: Tensor, dx: Tensor | None, spans: Tensor, shift: Tensor | None, want
             SALIENCE=slots["salience"], SUM=slots["sum"], SQUARE=slots["square"], ABSMAX=slots["absmax"],
             SHIFTED=shift is not None, BLOCK_K=BLOCK_K, BLOCK_T=BLOCK_T, num_warps=WARPS,
         )  # fmt: skip
+        if count == len(ranges):  # every sequence is one block: nothing is left to add
+            return partial
+        result = partial.new_empty(len(planes), len(ranges), features)
         sequence_sums_kernel[(-(-features // FINISH_K), len(ranges), len(planes))](
             partial, starts, result, features, count * features, len(ranges), ABSMAX=slots["absmax"],
             BLOCK_K=FINISH_K, num_warps=WARPS,

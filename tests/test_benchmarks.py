@@ -7,7 +7,10 @@ import sys
 
 import pytest
 
-NAMES = "replan", "criteria", "calibrate_model", "calibration_kernels", "calibrate_streamed", "torch_pruning_taylor"
+NAMES = (
+    "replan", "criteria", "calibrate_model", "calibration_kernels", "calibrate_streamed", "torch_pruning_taylor",
+    "cost_model",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,3 +54,15 @@ def test_results_are_one_json_and_one_markdown_table_per_device(tmp_path) -> Non
     (table,) = tmp_path.glob("*.md")
     assert "| case | 1.000 | 4.000 | 0.250 | s | <= 0.5 |" in table.read_text()
     assert json.loads(table.with_suffix(".json").read_text())[1]["peer"] is None
+
+
+def test_the_cost_model_charges_for_more_work_and_says_that_it_predicts() -> None:
+    from benchmarks.cost_model import DEVICES, Problem, bare_product, ours, rows_of
+    from benchmarks.shapes import MODELS
+
+    shape, device = MODELS["Llama-2-7B"][3], DEVICES[0]
+    short, more, long = (Problem(shape, *size) for size in ((10, 64), (20, 64), (10, 2048)))
+    assert ours(short, device) < ours(more, device) < ours(long, device)
+    assert ours(long, device) > bare_product(long, device)  # the same products, and an epilogue
+    assert ours(short, DEVICES[0]) == ours(short, DEVICES[1])  # bound by arithmetic, which the two share
+    assert all("not measured" in row.device for row in rows_of(short, device))

@@ -87,3 +87,11 @@ def test_streamed_calibration_brings_blocks_to_the_device_and_takes_them_back() 
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
     resident = saap.calibrate(model.cuda(), **options, checkpoint=True, stream=False)
     assert_same(streamed, resident, rtol=1e-5)  # atomics in the attention backward may order sums otherwise
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_calibrating_twice_on_the_device_is_bitwise_equal(dtype) -> None:
+    model = tiny_model("llama", dtype, head_dim=16, max_position_embeddings=512).cuda()
+    ids = torch.randint(0, 64, (4, 512), generator=torch.Generator().manual_seed(0))  # several blocks of keys
+    first, second = (saap.calibrate(model, data=ids, samples=4, seq_len=512) for _ in range(2))
+    assert_same(first, second, rtol=0)
