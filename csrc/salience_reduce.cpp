@@ -13,8 +13,8 @@ namespace saap {
 namespace {
 
 constexpr int64_t kBlock = 1024;            // columns summed in fp32 before the sum moves to fp64
-constexpr int64_t kRowBlock = 64;           // likewise for sums over rows
-constexpr int64_t kColumnBlock = 16;        // columns one pass over the rows accumulates in registers
+constexpr int64_t kRowBlock = 64;          // likewise for sums over rows
+constexpr int64_t kChunk = 512;             // columns whose sums over rows stay in the first cache
 constexpr int64_t kSerialElements = 1 << 15;  // below this a thread team costs more than it saves
 
 struct Sums {
@@ -69,20 +69,36 @@ SAAP_AVX2 Sums row_sums_avx2(const float* g, const float* w, int64_t columns) {
   return total;
 }
 
-// Sums over rows of 16 columns, one entry of out per column and quantity: out (3, 16).
-SAAP_AVX2 void column_sums_avx2(const float* g, int64_t g_pitch, const float* w, int64_t w_pitch, int64_t rows,
-                                float* out) {
-  Lanes a{}, b{};
-  for (int64_t r = 0; r < rows; ++r) {
-    accumulate(a, g + r * g_pitch, w + r * w_pitch);
-    accumulate(b, g + r * g_pitch + 8, w + r * w_pitch + 8);
+// sums (3, kChunk) += sums over Rows rows of `columns` (a multiple of 8) columns. Rows are read as streams: strips of
+// columns over all rows, or more rows at once, collide in the cache when the pitch is a power of two.
+template <int Rows>
+SAAP_AVX2 void add_rows_avx2(const float* g, int64_t g_pitch, const float* w, int64_t w_pitch, int64_t columns,
+                             float* sums) {
+  for (int64_t c = 0; c < columns; c += 8) {
+    float* out = sums + c;
+    Lanes lanes{_mm256_loadu_ps(out), _mm256_loadu_ps(out + kChunk), _mm256_loadu_ps(out + 2 * kChunk)};
+    for (int r = 0; r < Rows; ++r) accumulate(lanes, g + r * g_pitch + c, w + r * w_pitch + c);
+    _mm256_storeu_ps(out, lanes.abs);
+    _mm256_storeu_ps(out + kChunk, lanes.square);
+    _mm256_storeu_ps(out + 2 * kChunk, lanes.mixed);
   }
-  _mm256_storeu_ps(out, a.abs);
-  _mm256_storeu_ps(out + 8, b.abs);
-  _mm256_storeu_ps(out + 16, a.square);
-  _mm256_storeu_ps(out + 24, b.square);
-  _mm256_storeu_ps(out + 32, a.mixed);
-  _mm256_storeu_ps(out + 40, b.mixed);
+}
+
+// Sums over rows of `columns` (a multiple of 8, at most kChunk) columns, added to lines.
+SAAP_AVX2 void column_sums_avx2(const float* g, int64_t g_pitch, const float* w, int64_t w_pitch, int64_t rows,
+                                int64_t columns, Sums* lines) {
+  for (int64_t start = 0; start < rows; start += kRowBlock) {
+    const int64_t stop = std::min(rows, start + kRowBlock);
+    float sums[3 * kChunk] = {};
+    int64_t r = start;
+    for (; r + 4 <= stop; r += 4) add_rows_avx2<4>(g + r * g_pitch, g_pitch, w + r * w_pitch, w_pitch, columns, sums);
+    for (; r < stop; ++r) add_rows_avx2<1>(g + r * g_pitch, g_pitch, w + r * w_pitch, w_pitch, columns, sums);
+    for (int64_t c = 0; c < columns; ++c) {
+      lines[c].abs += sums[c];
+      lines[c].square += sums[kChunk + c];
+      lines[c].mixed += sums[2 * kChunk + c];
+    }
+  }
 }
 #endif
 
@@ -142,28 +158,20 @@ void salience_reduce_f32(const float* gradient, int64_t gradient_pitch, const fl
 #endif
     }
   } else {
-    const int64_t blocks = (columns + kColumnBlock - 1) / kColumnBlock;
+    const int64_t blocks = (columns + kChunk - 1) / kChunk;
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t first = block * kColumnBlock;
-      const int64_t count = std::min(kColumnBlock, columns - first);
+      int64_t first = block * kChunk;
+      const int64_t stop = std::min(columns, first + kChunk);
 #if defined(__x86_64__)
-      if (wide && count == kColumnBlock) {
-        for (int64_t r = 0; r < rows; r += kRowBlock) {
-          float out[3 * kColumnBlock];
-          column_sums_avx2(gradient + r * gradient_pitch + first, gradient_pitch, weight + r * weight_pitch + first,
-                           weight_pitch, std::min(kRowBlock, rows - r), out);
-          for (int64_t i = 0; i < kColumnBlock; ++i) {
-            lines[first + i].abs += out[i];
-            lines[first + i].square += out[kColumnBlock + i];
-            lines[first + i].mixed += out[2 * kColumnBlock + i];
-          }
-        }
-        continue;
+      if (wide) {
+        const int64_t count = (stop - first) / 8 * 8;
+        column_sums_avx2(gradient + first, gradient_pitch, weight + first, weight_pitch, rows, count, &lines[first]);
+        first += count;
       }
 #endif
-      for (int64_t i = first; i < first + count; ++i)
-        lines[i] = column_sum(gradient + i, gradient_pitch, weight + i, weight_pitch, rows);
+      for (; first < stop; ++first)
+        lines[first] = column_sum(gradient + first, gradient_pitch, weight + first, weight_pitch, rows);
     }
   }
   (void)wide;
