@@ -8,6 +8,7 @@ from saap_kernels.calibration import (
     activation_statistics,
     coupled_salience,
     weight_salience,
+    weight_salience_both,
 )
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "coupled_salience",
     "use_backend",
     "weight_salience",
+    "weight_salience_both",
 ]

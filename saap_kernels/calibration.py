@@ -22,6 +22,9 @@ _salience_arguments = (
 )
 _library.define(f"weight_salience({_salience_arguments}) -> Tensor")
 _library.define(f"coupled_salience({_salience_arguments}) -> Tensor")
+_library.define(
+    "weight_salience_both(Tensor x, Tensor dy, Tensor w, Tensor spans, str[] want, float scale) -> (Tensor, Tensor)"
+)
 _library.define("activation_salience(Tensor y, Tensor dy, Tensor spans, int unit_size) -> Tensor")
 _library.define("activation_statistics(Tensor x, Tensor spans, Tensor? shift, str[] want) -> Tensor")
 _library.define(
@@ -52,6 +55,18 @@ def weight_salience(
     wanted = _checks.check_want(want, SALIENCE)
     _checks.check_weight_salience(x, dy, w, spans, axis, unit_size, bias)
     return torch.ops.saap.weight_salience(x, dy, w, spans, axis, unit_size, bias, wanted, scale)
+
+
+def weight_salience_both(
+    x: Tensor, dy: Tensor, w: Tensor, spans: Tensor, *, want: Sequence[str] = SALIENCE, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """``weight_salience`` of every row and of every column: (len(want), S, N) and (len(want), S, K).
+
+    For pruners that also remove hidden dimensions. On the CPU the gradient is formed once for both; on GPUs twice.
+    """
+    wanted = _checks.check_want(want, SALIENCE)
+    _checks.check_weight_salience(x, dy, w, spans, "out", 1, None)
+    return torch.ops.saap.weight_salience_both(x, dy, w, spans, wanted, scale)
 
 
 def coupled_salience(
@@ -135,6 +150,7 @@ def _units(w: Tensor, axis: str, unit_size: int) -> int:
 
 
 _library.impl("weight_salience", weights.weight_salience, "CompositeExplicitAutograd")
+_library.impl("weight_salience_both", weights.weight_salience_both, "CompositeExplicitAutograd")
 _library.impl("coupled_salience", weights.coupled_salience, "CompositeExplicitAutograd")
 _library.impl("activation_salience", activations.salience, "CompositeExplicitAutograd")
 _library.impl("activation_statistics", activations.statistics, "CompositeExplicitAutograd")
@@ -145,6 +161,10 @@ torch.library.register_fake(
     lambda x, dy, w, spans, axis, unit_size, bias, want, scale: _result(
         x, len(want), spans.shape[0], _units(w, axis, unit_size)
     ),
+)
+torch.library.register_fake(
+    "saap::weight_salience_both",
+    lambda x, dy, w, spans, want, scale: tuple(_result(x, len(want), spans.shape[0], extent) for extent in w.shape),
 )
 torch.library.register_fake(
     "saap::coupled_salience",

@@ -14,14 +14,31 @@ def weight_salience(
     want: list[str], scale: float,
 ) -> Tensor:  # fmt: skip
     """As ``reference.weight_salience`` for fp32 CPU tensors; returns (len(want), S, U)."""
+    sums = _reduced_panels(x, dy, w, spans, {axis: unit_size}, want, scale)[axis]
+    if bias is not None:
+        sums += bias_salience(dy, bias, spans, unit_size, want, scale)
+    return sums
+
+
+def weight_salience_both(
+    x: Tensor, dy: Tensor, w: Tensor, spans: Tensor, want: list[str], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Both axes of ``weight_salience`` from one gradient: (len(want), S, N) and (len(want), S, K)."""
+    sums = _reduced_panels(x, dy, w, spans, {"out": 1, "in": 1}, want, scale)
+    return sums["out"], sums["in"]
+
+
+def _reduced_panels(
+    x: Tensor, dy: Tensor, w: Tensor, spans: Tensor, unit_sizes: dict[str, int], want: list[str], scale: float
+) -> dict[str, Tensor]:
+    """{axis: (len(want), S, U)}: each panel of a sequence's gradient is formed once and reduced along every axis."""
     native = _ext.native()
     assert native is not None  # the backend choice made sure
     rows, columns = w.shape
-    units = (rows if axis == "out" else columns) // unit_size
-    step = panel_rows(columns, rows, unit_size if axis == "out" else 1)
-    sums = torch.zeros(len(spans), len(ORDER), units)  # [S, 3, U]
+    step = panel_rows(columns, rows, unit_sizes.get("out", 1))
+    extents = {"out": rows, "in": columns}
+    sums = {axis: torch.zeros(len(spans), len(ORDER), extents[axis] // size) for axis, size in unit_sizes.items()}
     buffer = torch.empty(step, columns)
-    partial = torch.empty(len(ORDER), step // unit_size if axis == "out" else units)
     threads = torch.get_num_threads()
     sequences = [(x[a:b], dy[a:b].T) for a, b in spans.tolist()]
     for start in range(0, rows, step):
@@ -29,21 +46,17 @@ def weight_salience(
         gradient = buffer[: len(panel)]
         for index, (x_n, dy_t) in enumerate(sequences):
             torch.addmm(gradient, dy_t[start : start + step], x_n, beta=0, alpha=scale, out=gradient)
-            tile = partial[:, : len(panel) // unit_size].contiguous() if axis == "out" else partial
-            tile.zero_()
-            native.salience_reduce_f32(
-                gradient.data_ptr(), gradient.stride(0), panel.data_ptr(), w.stride(0), len(panel), columns,
-                unit_size, int(axis == "in"), tile.data_ptr(), threads,
-            )  # fmt: skip
-            if axis == "out":
-                first = start // unit_size
-                sums[index, :, first : first + tile.shape[1]] = tile
-            else:
-                sums[index] += tile
-    result = sums[:, [ORDER.index(name) for name in want]].transpose(0, 1).contiguous()
-    if bias is not None:
-        result += bias_salience(dy, bias, spans, unit_size, want, scale)
-    return result
+            for axis, size in unit_sizes.items():
+                along = axis == "in"
+                tile = torch.zeros(len(ORDER), (columns if along else len(panel)) // size)
+                native.salience_reduce_f32(
+                    gradient.data_ptr(), gradient.stride(0), panel.data_ptr(), w.stride(0), len(panel), columns,
+                    size, int(along), tile.data_ptr(), threads,
+                )  # fmt: skip
+                first = 0 if along else start // size
+                sums[axis][index, :, first : first + tile.shape[1]] += tile
+    order = [ORDER.index(name) for name in want]
+    return {axis: each[:, order].transpose(0, 1).contiguous() for axis, each in sums.items()}
 
 
 def coupled_salience(

@@ -34,3 +34,13 @@ def coupled_salience(
         return triton_weight_salience.coupled_salience(x, dy, w, spans, axis, unit_size, bias, want, scale)
     module = {"cuda": cuda, "cpu": cpu, "reference": reference}[name]
     return module.coupled_salience(x, dy, w, spans, axis, unit_size, bias, want, scale)
+
+
+def weight_salience_both(
+    x: Tensor, dy: Tensor, w: Tensor, spans: Tensor, want: list[str], scale: float
+) -> tuple[Tensor, Tensor]:
+    """(len(want), S, N) and (len(want), S, K) by the chosen backend; arguments are checked."""
+    if choose("weight_salience_both", IMPLEMENTED, x, dy, w) == "cpu":
+        return cpu.weight_salience_both(x, dy, w, spans, want, scale)
+    rows = weight_salience(x, dy, w, spans, "out", 1, None, want, scale)
+    return rows, weight_salience(x, dy, w, spans, "in", 1, None, want, scale)

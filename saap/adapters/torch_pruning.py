@@ -101,20 +101,26 @@ class TaylorImportance(GroupTaylorImportance):  # type: ignore[misc]  # Torch-Pr
     def _put_linear(
         self, linear: nn.Linear, axes: set[str], x: Tensor, y: Tensor | None, dx: Tensor, dy: Tensor
     ) -> None:
-        span = torch.tensor([[0, len(x)]], dtype=torch.int32)  # of the whole batch: its summed gradient, as .grad is
         with saap_kernels.use_backend(self.backend):
-            for axis in sorted(axes):
-                if not self.multivariable:
-                    salience = saap_kernels.weight_salience(x, dy, linear.weight, span, axis=axis, want=("abs",))[0, 0]
-                elif axis == "in":
-                    salience = saap_kernels.activation_salience(x, dx.contiguous(), span)[0].abs()
-                else:
-                    assert y is not None  # kept when multivariable
-                    product = (y if linear.bias is None else y - linear.bias).contiguous()
-                    salience = saap_kernels.activation_salience(product, dy, span)[0].abs()
-                self._put(linear, axis, salience)
+            measured = self._vector(linear, axes, x, y, dx, dy) if self.multivariable else _element(linear, axes, x, dy)
+        for axis, salience in measured.items():
+            self._put(linear, axis, salience)
         if self.bias and linear.bias is not None:
             self._put(linear, "bias", (linear.bias.detach().float() * dy.float().sum(0)).abs())
+
+    @staticmethod
+    def _vector(
+        linear: nn.Linear, axes: set[str], x: Tensor, y: Tensor | None, dx: Tensor, dy: Tensor
+    ) -> dict[str, Tensor]:
+        """|sum w * dw| of rows and columns, from activations alone."""
+        assert y is not None  # kept when multivariable
+        found = {}
+        if "in" in axes:
+            found["in"] = saap_kernels.activation_salience(x, dx.contiguous(), _whole(x))[0].abs()
+        if "out" in axes:
+            product = (y if linear.bias is None else y - linear.bias).contiguous()
+            found["out"] = saap_kernels.activation_salience(product, dy, _whole(x))[0].abs()
+        return found
 
     def _put_norm(self, norm: nn.LayerNorm) -> None:
         for axis, parameter in (("out", norm.weight), ("bias", norm.bias)):
@@ -162,6 +168,20 @@ class TaylorImportance(GroupTaylorImportance):  # type: ignore[misc]  # Torch-Pr
         if len(importance) != channels:
             raise RuntimeError(f"{name}: measured {len(importance)} channels, now has {channels}; collect again")
         return importance
+
+
+def _whole(x: Tensor) -> Tensor:
+    """The whole batch as one span: its summed gradient is what ``.grad`` would hold."""
+    return torch.tensor([[0, len(x)]], dtype=torch.int32)
+
+
+def _element(linear: nn.Linear, axes: set[str], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """sum |w * dw| of rows and columns."""
+    operands, want = (x, dy, linear.weight, _whole(x)), ("abs",)
+    if len(axes) == 2:
+        rows, columns = saap_kernels.weight_salience_both(*operands, want=want)
+        return {"out": rows[0, 0], "in": columns[0, 0]}
+    return {axis: saap_kernels.weight_salience(*operands, axis=axis, want=want)[0, 0] for axis in axes}
 
 
 def _axes(model: nn.Module) -> dict[nn.Linear, set[str]]:

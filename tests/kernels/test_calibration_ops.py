@@ -206,10 +206,29 @@ def test_sequences_may_come_in_one_call_or_many() -> None:
     torch.testing.assert_close(whole, torch.cat(parts, 1), rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float64), ("cpu", torch.float32)])
+@pytest.mark.parametrize(("tokens", "rows", "columns", "unit"), SHAPES)
+def test_both_axes_at_once_are_the_axes_one_by_one(tokens, rows, columns, unit, backend, dtype) -> None:
+    x, dy, w, _, spans = problem(tokens, rows, columns, dtype)
+    with K.use_backend(backend):
+        found = K.weight_salience_both(x, dy, w, spans, want=("mixed", "abs"), scale=0.5)
+        for axis, got in zip(("out", "in"), found, strict=True):
+            assert torch.equal(got, K.weight_salience(x, dy, w, spans, axis=axis, want=("mixed", "abs"), scale=0.5))
+
+
+def test_both_axes_at_once_check_their_arguments() -> None:
+    x, dy, w, _, spans = problem(12, 8, 16)
+    with pytest.raises(ValueError, match="w: expected 8 in dimension 0, got shape"):
+        K.weight_salience_both(x, dy, w[:7], spans)
+    with pytest.raises(ValueError, match="want: expected distinct names among abs, square, mixed, got"):
+        K.weight_salience_both(x, dy, w, spans, want=("first",))
+
+
 def test_ops_pass_opcheck_and_compile_without_graph_breaks() -> None:
     x, dy, w, bias, spans = (t.contiguous() for t in problem(5, 6, 9, torch.float32))
     arguments = (x, dy, w, spans, "out", 2, bias, ["abs", "mixed"], 1.0)
     torch.library.opcheck(torch.ops.saap.weight_salience.default, arguments)
+    torch.library.opcheck(torch.ops.saap.weight_salience_both.default, (*arguments[:4], ["abs", "mixed"], 1.0))
     torch.library.opcheck(torch.ops.saap.coupled_salience.default, (*arguments[:7], ["first"], 1.0))
     torch.library.opcheck(torch.ops.saap.activation_salience.default, (x, x, spans, 3))
     torch.library.opcheck(torch.ops.saap.activation_statistics.default, (x, spans, None, ["sum"]))
