@@ -1,4 +1,4 @@
-"""What benchmarks.calibration_kernels should measure on a GPU, predicted row by row: nothing here was measured.
+"""What calibration_kernels and calibrate_model should measure on a GPU, predicted row by row: nothing was measured.
 
 A kernel's time is the largest of its parts' times (matrix units, memory) plus what does not overlap with them.
 The inputs are data-sheet figures and the assumptions below, each a named constant, so that a measurement that
@@ -143,6 +143,36 @@ def activation_row(tokens: int, features: int, length: int, device: Device) -> R
     return Row(case, share, None, None, "share", PREDICTED, ">= 0.9")
 
 
+def calibration_rows(device: Device) -> list[Row]:
+    """Llama-2-7B on 10 x 64 tokens in bf16, as calibrate_model: time against LLM-Pruner, memory against weights.
+
+    Every pass reads all weights. LLM-Pruner's procedure runs one sample at a time, writes all gradients, and
+    squares, scales and adds them in weight-sized tensors; then it repeats the passes for the whole batch.
+    """
+    model, layers, sequences, length, vocabulary = MODELS["Llama-2-7B"], 32, 10, 64, 32000
+    hidden, width, tokens = model[0].columns, model[3].rows, sequences * length
+    q, k, o, gate, down = model
+    projections = [Problem(shape, sequences, length) for shape in (q, k, k, o, gate, gate, down)]
+    weights = 2.0 * (layers * sum(problem.weights for problem in projections) + 2 * vocabulary * hidden)
+
+    def passes(count: int, token_count: int) -> float:  # of a forward or backward pass: bound by weights or by products
+        return count * max(device.read(weights), weights * token_count / (device.flops * MATMUL_SHARE))
+
+    salience = layers * sum(ours(problem, device) for problem in projections)
+    per_token = 2.0 * (14 * hidden + 4 * width)  # as saap.memory.activation_bytes counts
+    one_block, inputs = tokens * per_token, layers * tokens * hidden * 2.0
+    moved = 1 + 2 + 2 + 3  # gradient written; squared, scaled, added: each reads and writes
+    peer = sequences * (passes(2, length) + device.read(moved * weights)) + passes(2, tokens) + device.read(weights)
+    name = f"{device.name}: Llama-2-7B, {sequences} x {length}"
+    rows = []
+    for kind, forwards, kept in (("", 1, layers * one_block), (", checkpointing", 2, inputs + one_block)):
+        time = passes(forwards + 1, tokens) + salience
+        rows.append(Row(f"{name}: saap{kind} / LLM-Pruner", time, peer, time / peer, "s", PREDICTED, "<= 0.25"))
+        share = 1 + kept / weights
+        rows.append(Row(f"{name}: ours{kind}, peak memory / weights", share, None, None, "ratio", PREDICTED, "<= 1.15"))
+    return rows
+
+
 def predicted(case: str, mine: float, peer: float, device: Device, asked: str) -> Row:
     return Row(f"{device.name}: {case}", mine * 1e3, peer * 1e3, mine / peer, "ms", PREDICTED, asked)
 
@@ -156,6 +186,7 @@ def measure(quick: bool) -> Sequence[Row]:
             for shape in (shape for model in models for shape in model):
                 rows += rows_of(Problem(shape, sequences, length), device)
         rows.append(activation_row(16384, 8192, 128, device))
+        rows += calibration_rows(device)
     return rows
 
 
