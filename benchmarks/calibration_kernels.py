@@ -86,7 +86,7 @@ def weight_rows(shape: Projection, sequences: int, length: int, repeats: int, ra
         "dW": lambda i: sets[i][1].T @ sets[i][0],
     }
     if compiled:
-        torch._dynamo.reset()  # shapes of an earlier row must not make these dynamic
+        torch.compiler.reset()  # shapes of an earlier row must not make these dynamic
         one, panel = torch.compile(lines_of, dynamic=False), torch.compile(lines_of, dynamic=False)
         variants["compiled"] = lambda i: eager_salience(*sets[i], ranges, shape.axis, shape.unit_size, one)
         variants["compiled tiled"] = lambda i: tiled_salience(*sets[i], ranges, shape.axis, shape.unit_size, panel)

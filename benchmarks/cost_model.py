@@ -1,4 +1,4 @@
-"""What calibration_kernels and calibrate_model should measure on a GPU, predicted row by row: nothing was measured.
+"""What rows of calibration_kernels and calibrate_model should be on a GPU, predicted: nothing here was measured.
 
 A kernel's time is the largest of its parts' times (matrix units, memory) plus what does not overlap with them.
 The inputs are data-sheet figures and the assumptions below, each a named constant, so that a measurement that
@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.common import Row, run
 from benchmarks.shapes import MODELS, TOKENS, Projection
+from saap_kernels.planes import rows_per_partial
 from saap_kernels.reference import panel_rows
-from saap_kernels.schedule import rows_per_partial
 from saap_kernels.triton_weight_salience import choose_config
 
 # assumptions

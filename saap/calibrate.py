@@ -1,6 +1,5 @@
 """Calibration: one forward and one backward pass over sample text, giving Statistics."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,13 +13,12 @@ from saap.determinism import deterministic_kernels
 from saap.families import family_of, layers_of
 from saap.loss import backward_sequence_losses, sequence_spans
 from saap.memory import activation_bytes, available_bytes
-from saap.micro_batches import in_micro_batches, resolve_batch
+from saap.micro_batches import Progress, in_micro_batches, resolve_batch
 from saap.refuse import refuse_nonfinite_weights
 from saap.statistics import Statistics
 from saap.stream import Streaming, resolve_streaming, stream_collect
 from saap.units import discover
 
-Progress = Callable[[int, int], None]
 FP16_LOSS_SCALE = 1024.0  # keeps gradients of fp16 models out of the subnormal range
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+Progress = Callable[[int, int], None]  # of work done and its total
 AUTO_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}  # small beside the weights on a CPU; fills a GPU
 
 

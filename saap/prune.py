@@ -6,10 +6,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saap.calibrate import Progress, calibrate
+from saap.calibrate import calibrate
 from saap.compact import compact
 from saap.criteria import Criterion, score
 from saap.evaluate import Evaluation, evaluate
+from saap.micro_batches import Progress
 from saap.plan import Plan
 from saap.search import check_ratio, search
 from saap.statistics import Statistics

@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from saap.collector import Collector
-from saap.families import Family, family_of, layers_of
+from saap.families import layers_of
 from saap.hidden_states import CPU, HiddenStates
 from saap.loss import backward_sequence_losses, sequence_spans
 from saap.memory import available_bytes, weight_bytes
-from saap.micro_batches import in_micro_batches
+from saap.micro_batches import Progress, in_micro_batches
 from saap.refuse import refuse_nonfinite_embeddings, refuse_nonfinite_layer
 from saap.undo import Undo
 
-Progress = Callable[[int, int], None]
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block gets besides its hidden states
 
 
@@ -88,7 +87,6 @@ def stream_collect(
             run.backward(index)
     finally:
         run.states.close()
-        run.gradient.close()
 
 
 class _Run:
@@ -98,16 +96,16 @@ class _Run:
         self, collector: Collector, ids: Tensor, batch: int, streaming: Streaming, progress: Progress | None
     ) -> None:
         self.collector, self.model = collector, collector.model
-        self.family: Family = family_of(self.model, collector.family.name)
-        self.layers = layers_of(self.model, self.family)
+        self.layers = layers_of(self.model, collector.family)
         self.count, self.batch = len(self.layers), batch
         self.device, self.dtype = streaming.resolved_device(self.model), streaming.dtype
         self.ids, self.progress, self.done = ids, progress, 0
         self.calls: dict[int, list[Call]] = {}  # by batch size: positions and mask depend on the shape alone
         width = collector.statistics.units.layers[0].hidden_size
         shape, dtype = (*ids.shape, width), self.dtype or self.model.dtype
-        self.states = HiddenStates(self.count + 1, shape, dtype, streaming.folder)
-        self.gradient = HiddenStates(1, shape, dtype, streaming.folder)
+        # inputs of the blocks, output of the last one, gradient of the output of the block that runs backward
+        self.states = HiddenStates(self.count + 2, shape, dtype, streaming.folder)
+        self.gradient = self.states[self.count + 1]
 
     def embed(self) -> None:
         """Inputs of the first block, and what every block gets besides."""
@@ -150,8 +148,8 @@ class _Run:
                 )
             self.states[index + 1][rows] = out.to(CPU)
 
-        with self._here([layer]):
-            refuse_nonfinite_layer(layer, self.family, index)
+        with self._here(_tensors(layer)):
+            refuse_nonfinite_layer(layer, self.collector.family, index)
             self.collector.measure_weights(index)
             self._micro_batches(step, counted=True)
 
@@ -176,7 +174,7 @@ class _Run:
                     "the final norm or the output head"
                 )
             assert hidden.grad is not None  # backward has just run
-            self.gradient[0][rows] = hidden.grad.to(CPU)
+            self.gradient[rows] = hidden.grad.to(CPU)
 
         with self._here(self._outside()):
             self._micro_batches(step)
@@ -190,12 +188,12 @@ class _Run:
             hidden = self.states[index][rows].to(self.device, copy=True).requires_grad_()
             with torch.enable_grad():
                 out = self._block(index, hidden)
-            out.backward(self.gradient[0][rows].to(self.device))
+            out.backward(self.gradient[rows].to(self.device))
             self.collector.finish()
             assert hidden.grad is not None  # backward has just run
-            self.gradient[0][rows] = hidden.grad.to(CPU)
+            self.gradient[rows] = hidden.grad.to(CPU)
 
-        with self._here([self.layers[index]]):
+        with self._here(_tensors(self.layers[index])):
             self._micro_batches(step, counted=True)
         self.states.drop(index)
 
@@ -208,26 +206,24 @@ class _Run:
 
         self.batch = in_micro_batches(len(self.ids), self.batch, one, fixed=self.collector.coupled)
 
-    def _outside(self) -> list[nn.Module | Tensor]:
+    def _outside(self) -> list[Tensor]:
         """Everything of the model that is not in a block."""
-        prefix = f"{self.family.layers}."
+        prefix = f"{self.collector.family.layers}."
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
         return [tensor for name, tensor in named if not name.startswith(prefix)]
 
     @contextmanager
-    def _here(self, parts: Iterable[nn.Module | Tensor]) -> Iterator[None]:
-        """Weights of ``parts`` on the device, in the dtype, while the context is open."""
+    def _here(self, tensors: Iterable[Tensor]) -> Iterator[None]:
+        """``tensors`` on the device, in the dtype, while the context is open."""
         undo = Undo()
         try:
-            for part in parts:
-                tensors = [part] if isinstance(part, Tensor) else [*part.parameters(), *part.buffers()]
-                for tensor in tensors:
-                    dtype = self.dtype if isinstance(tensor, nn.Parameter) else None  # buffers keep their own
-                    host = tensor.data
-                    moved = host.to(self.device, dtype)
-                    if moved is not host:
-                        undo.add(partial(setattr, tensor, "data", host))
-                        tensor.data = moved
+            for tensor in tensors:
+                dtype = self.dtype if isinstance(tensor, nn.Parameter) else None  # buffers keep their own
+                host = tensor.data
+                moved = host.to(self.device, dtype)
+                if moved is not host:
+                    undo.add(partial(setattr, tensor, "data", host))
+                    tensor.data = moved
             yield
         finally:
             undo.restore()
@@ -242,3 +238,7 @@ class _Run:
             yield
         finally:
             undo.restore()
+
+
+def _tensors(layer: nn.Module) -> list[Tensor]:
+    return [*layer.parameters(), *layer.buffers()]

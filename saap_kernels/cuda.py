@@ -9,11 +9,11 @@ from torch import Tensor
 
 from saap_kernels import _ext, tiled_salience
 from saap_kernels._launch import launching
-from saap_kernels.schedule import Spans, as_spans, first_blocks, masked_blocks, rows_per_partial
+from saap_kernels.planes import Planes
+from saap_kernels.schedule import Spans, masked_blocks
 from saap_kernels.tiled_salience import Operands
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-PLANES = ("salience", "sum", "square", "absmax")  # in the order of the kernel's slots
 
 
 def weight_salience(
@@ -56,24 +56,17 @@ def _launch(operands: Operands, scale: float, coupled: bool, spans: Spans, slots
 
 def sums(x: Tensor, dx: Tensor | None, spans: Tensor, shift: Tensor | None, want: Sequence[str]) -> Tensor:
     """(len(planes), S, K) fp32, planes: the salience x * dx if ``dx`` is given, then ``want``."""
-    features, device, ranges = x.shape[1], x.device, as_spans(spans)
-    planes = ([] if dx is None else ["salience"]) + list(want)
-    slots = [planes.index(name) if name in planes else -1 for name in PLANES]
-    rows = rows_per_partial(ranges[-1][1] - ranges[0][0])
-    with launching("activation_planes", device):
-        blocks, starts = masked_blocks(ranges, rows, device), first_blocks(ranges, rows, device)
-        count = len(blocks) - 1
-        partial = torch.empty(len(planes), count, features, dtype=torch.float32, device=device)
-        whole = count == len(ranges)  # every sequence is one block: nothing is left to add
-        result = partial if whole else partial.new_empty(len(planes), len(ranges), features)
+    with launching("activation_planes", x.device):
+        planes = Planes.of(x, dx, spans, want)
         about = None if shift is None else shift.float().contiguous()
         _native().activation_planes(
             x.data_ptr(), x.stride(0), 0 if dx is None else dx.data_ptr(), 0 if dx is None else dx.stride(0),
-            0 if about is None else about.data_ptr(), blocks.data_ptr(), count, starts.data_ptr(), len(ranges),
-            features, slots, len(planes), _DTYPES[x.dtype], partial.data_ptr(),
-            0 if whole else result.data_ptr(), _stream(device),
+            0 if about is None else about.data_ptr(), planes.blocks.data_ptr(), planes.count,
+            planes.starts.data_ptr(), len(spans), x.shape[1], planes.slots, len(planes.partial), _DTYPES[x.dtype],
+            planes.partial.data_ptr(), 0 if planes.result is planes.partial else planes.result.data_ptr(),
+            _stream(x.device),
         )  # fmt: skip
-    return result
+    return planes.result
 
 
 def _native() -> ModuleType:

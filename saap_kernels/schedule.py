@@ -52,8 +52,3 @@ def first_blocks(spans: Spans, block: int, device: torch.device) -> Tensor:
     for start, stop in spans:
         starts.append(starts[-1] + -(-(stop - start) // block))
     return torch.tensor(starts, dtype=torch.int32).to(device)
-
-
-def rows_per_partial(tokens: int) -> int:
-    """Tokens that one program sums: many programs for short calls, few partial sums for long ones."""
-    return 64 if tokens <= 4096 else 256

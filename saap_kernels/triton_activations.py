@@ -6,13 +6,12 @@ partial[quantity, block, K]; the second kernel adds the blocks of each sequence 
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from saap_kernels._launch import launching
-from saap_kernels.schedule import as_spans, first_blocks, masked_blocks, rows_per_partial
+from saap_kernels.planes import PLANES, Planes
 
 BLOCK_K, BLOCK_T, WARPS = 128, 8, 4  # a warp reads 16 bytes per thread: 8 features of 16 bits
 FINISH_K = 128
@@ -78,25 +77,19 @@ def sequence_sums_kernel(partial, starts, result, K, plane, sequences, ABSMAX: t
 
 def sums(x: Tensor, dx: Tensor | None, spans: Tensor, shift: Tensor | None, want: Sequence[str]) -> Tensor:
     """(len(planes), S, K) fp32, planes: the salience x * dx if ``dx`` is given, then ``want``."""
-    features, device, ranges = x.shape[1], x.device, as_spans(spans)
-    planes = ([] if dx is None else ["salience"]) + list(want)
-    slots = {name: planes.index(name) if name in planes else -1 for name in ("salience", "sum", "square", "absmax")}
-    rows = rows_per_partial(ranges[-1][1] - ranges[0][0])
-    blocks, starts = masked_blocks(ranges, rows, device), first_blocks(ranges, rows, device)
-    count = len(blocks) - 1
-    partial = torch.empty(len(planes), count, features, dtype=torch.float32, device=device)
-    with launching("activation_sums_kernel", device):
+    features, sequences = x.shape[1], len(spans)
+    with launching("activation_sums_kernel", x.device):
+        planes = Planes.of(x, dx, spans, want)
+        partial, count, slots = planes.partial, planes.count, dict(zip(PLANES, planes.slots, strict=True))
         activation_sums_kernel[(-(-features // BLOCK_K), count)](
-            x, x if dx is None else dx, x if shift is None else shift, blocks, partial, features,
+            x, x if dx is None else dx, x if shift is None else shift, planes.blocks, partial, features,
             x.stride(0), x.stride(0) if dx is None else dx.stride(0), count * features,
             SALIENCE=slots["salience"], SUM=slots["sum"], SQUARE=slots["square"], ABSMAX=slots["absmax"],
             SHIFTED=shift is not None, BLOCK_K=BLOCK_K, BLOCK_T=BLOCK_T, num_warps=WARPS,
         )  # fmt: skip
-        if count == len(ranges):  # every sequence is one block: nothing is left to add
-            return partial
-        result = partial.new_empty(len(planes), len(ranges), features)
-        sequence_sums_kernel[(-(-features // FINISH_K), len(ranges), len(planes))](
-            partial, starts, result, features, count * features, len(ranges), ABSMAX=slots["absmax"],
-            BLOCK_K=FINISH_K, num_warps=WARPS,
-        )  # fmt: skip
-    return result
+        if planes.result is not partial:
+            sequence_sums_kernel[(-(-features // FINISH_K), sequences, len(partial))](
+                partial, planes.starts, planes.result, features, count * features, sequences,
+                ABSMAX=slots["absmax"], BLOCK_K=FINISH_K, num_warps=WARPS,
+            )  # fmt: skip
+    return planes.result
