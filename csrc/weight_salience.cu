@@ -97,15 +97,28 @@ __device__ inline void multiply(float (&acc)[Rows][kColumns][4], const float* p,
   }
 }
 
-// One line's sums over a warp's columns to shared memory, [kSums][kWarpsR][block_u].
-template <int BlockU>
-__device__ inline void keep_line(float* sums, const Lane& lane, int line, float (&values)[kSums]) {
+// Each line's sums over a warp's columns to shared memory, [kSums][kWarpsR][block_u]; add(i, j, e, values) adds what
+// element e of fragment (i, j) contributes.
+template <int Rows, typename Add>
+__device__ inline void keep_lines(float* sums, const Lane& lane, const Add& add) {
+  constexpr int block_u = kWarpsU * Rows * 16;
 #pragma unroll
-  for (int which = 0; which < kSums; ++which) {
-    values[which] += shuffle_xor(values[which], 1);
-    values[which] += shuffle_xor(values[which], 2);
-    if (lane.inside == 0) sums[(which * kWarpsR + lane.warp_r) * BlockU + line] = values[which];
-  }
+  for (int i = 0; i < Rows; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float values[kSums] = {};
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j)
+#pragma unroll
+        for (int e = 2 * h; e < 2 * h + 2; ++e) add(i, j, e, values);
+      const int line = (lane.warp_u * Rows + i) * 16 + h * 8 + lane.group;
+#pragma unroll
+      for (int which = 0; which < kSums; ++which) {
+        values[which] += shuffle_xor(values[which], 1);
+        values[which] += shuffle_xor(values[which], 2);
+        if (lane.inside == 0) sums[(which * kWarpsR + lane.warp_r) * block_u + line] = values[which];
+      }
+    }
 }
 
 template <int BlockU>
@@ -173,48 +186,35 @@ __global__ void __launch_bounds__(kThreads, 1) weight_salience_kernel(WeightSali
     multiply<Rows>(acc, p, p + Shape::tokens * Shape::block_u, lane);
     const int32_t sequence = a.blocks[5 * block + 2];
     if (sequence < 0) continue;
+    if constexpr (Coupled) {
 #pragma unroll
-    for (int i = 0; i < Rows; ++i)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float values[kSums] = {};
+      for (int i = 0; i < Rows; ++i)
 #pragma unroll
         for (int j = 0; j < kColumns; ++j)
 #pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const int e = 2 * h + c;
-            const float t = acc[i][j][e] * weight[i][j][h].get(c);  // salience / scale
+          for (int e = 0; e < 4; ++e) {
+            const float t = acc[i][j][e] * weight[i][j][e / 2].get(e % 2);  // salience / scale
             acc[i][j][e] = 0.0f;
-            if (Coupled) {
-              mean[i][j][e] += t;
-              square[i][j][e] = fmaf(t, t, square[i][j][e]);
-            } else {
-              values[0] += fabsf(t);
-              values[1] = fmaf(t, t, values[1]);
-              values[2] += fabsf(t - 0.5f * a.scale * t * t);
-            }
+            mean[i][j][e] += t;
+            square[i][j][e] = fmaf(t, t, square[i][j][e]);
           }
-        if (!Coupled)
-          keep_line<Shape::block_u>(sums, lane, (lane.warp_u * Rows + i) * 16 + h * 8 + lane.group, values);
-      }
-    if (!Coupled) store_lines<Shape::block_u>(a, sums, u, sequence * tiles_r + tile_r);
+    } else {
+      keep_lines<Rows>(sums, lane, [&](int i, int j, int e, float(&values)[kSums]) {
+        const float t = acc[i][j][e] * weight[i][j][e / 2].get(e % 2);
+        acc[i][j][e] = 0.0f;
+        values[0] += fabsf(t);
+        values[1] = fmaf(t, t, values[1]);
+        values[2] += fabsf(t - 0.5f * a.scale * t * t);
+      });
+      store_lines<Shape::block_u>(a, sums, u, sequence * tiles_r + tile_r);
+    }
   }
   if constexpr (Coupled) {
-#pragma unroll
-    for (int i = 0; i < Rows; ++i)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float values[kSums] = {};
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j)
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) {
-            values[0] += fabsf(mean[i][j][e]);
-            values[1] += square[i][j][e];
-            values[2] += fabsf(mean[i][j][e] - 0.5f * a.scale * square[i][j][e]);
-          }
-        keep_line<Shape::block_u>(sums, lane, (lane.warp_u * Rows + i) * 16 + h * 8 + lane.group, values);
-      }
+    keep_lines<Rows>(sums, lane, [&](int i, int j, int e, float(&values)[kSums]) {
+      values[0] += fabsf(mean[i][j][e]);
+      values[1] += square[i][j][e];
+      values[2] += fabsf(mean[i][j][e] - 0.5f * a.scale * square[i][j][e]);
+    });
     store_lines<Shape::block_u>(a, sums, u, tile_r);
   }
 }
