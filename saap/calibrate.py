@@ -12,11 +12,10 @@ from saap.data import check_tokenizer, data_fingerprint, pack
 from saap.determinism import deterministic_kernels
 from saap.families import family_of, layers_of
 from saap.loss import backward_sequence_losses, sequence_spans
-from saap.memory import activation_bytes, available_bytes
-from saap.micro_batches import Progress, in_micro_batches, resolve_batch
+from saap.micro_batches import Progress, fit_micro_batches, in_micro_batches
 from saap.refuse import refuse_nonfinite_weights
 from saap.statistics import Statistics
-from saap.stream import Streaming, resolve_streaming, stream_collect
+from saap.stream import Streaming, resolve_streaming, stream_collect, streamed_bytes
 from saap.units import discover
 
 FP16_LOSS_SCALE = 1024.0  # keeps gradients of fp16 models out of the subnormal range
@@ -41,11 +40,11 @@ def calibrate(
 
     ``data`` is a path (.txt, .jsonl), ``hub:name[:config]``, or an iterable of str, dict or int
     tensors; it is packed into ``samples`` sequences of ``seq_len`` tokens. ``batch_size`` is in
-    sequences and is halved, with a warning, when a device runs out of memory. Inside a
-    torch.distributed process group every rank takes its share of the sequences and all return the
-    same merged statistics. ``checkpoint`` recomputes each block's activations in the backward pass:
-    True, False, or "auto" (when they would not fit). ``coupled`` also measures LLM-Pruner's coupled
-    salience, for which all samples form one micro-batch.
+    sequences ("auto": all that a GPU has room for) and is halved, with a warning, when a device runs out of
+    memory. Inside a torch.distributed process group every rank takes its share of the sequences and all
+    return the same merged statistics. ``checkpoint`` recomputes each block's activations in the backward
+    pass: True (least memory), False (fastest), or "auto" (when they would not fit). ``coupled`` also
+    measures LLM-Pruner's coupled salience, for which all samples form one micro-batch.
 
     ``stream`` brings one decoder block at a time onto the device, once forward and once backward: True,
     False, a ``Streaming`` (device, dtype, folder), or "auto" for a model in host memory or mapped files that
@@ -72,17 +71,19 @@ def calibrate(
     mine = distributed.share(ids)
     device = model.device if streaming is None else streaming.resolved_device(model)
     dtype = (streaming and streaming.dtype) or model.dtype
-    batch = samples if coupled else resolve_batch(batch_size, seq_len, device)
-    if checkpoint == "auto":
-        checkpoint = activation_bytes(units, batch * seq_len, dtype) > 0.5 * available_bytes(device)
+    fit = fit_micro_batches(
+        units, len(mine), seq_len, dtype, device,
+        batch_size=samples if coupled else batch_size, checkpoint=checkpoint,
+        streamed_bytes=None if streaming is None else streamed_bytes(model, dtype),
+    )  # fmt: skip
     scale = FP16_LOSS_SCALE if dtype == torch.float16 else 1.0
     options: dict[str, Any] = {"backend": backend, "loss_scale": scale, "coupled": coupled}
-    options |= {"checkpoint_layers": bool(checkpoint)} if streaming is None else {"read_weights": False}
+    options |= {"checkpoint_layers": fit.recompute} if streaming is None else {"read_weights": False}
     with deterministic_kernels(device), Collector(model, units, **options) as collector:
         if streaming is None:
-            _collect_all(collector, mine, batch, progress)
+            _collect_all(collector, mine, fit.batch, progress)
         else:
-            stream_collect(collector, mine, batch, streaming, progress)
+            stream_collect(collector, mine, fit.batch, streaming, progress)
     statistics = collector.statistics
     distributed.all_reduce(statistics)
     statistics.data = (data_fingerprint(ids),)

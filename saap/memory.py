@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from saap.units import Units
+from saap.units import LayerUnits, Units
 
 
 def activation_bytes(units: Units, tokens: int, dtype: torch.dtype) -> int:
@@ -15,13 +15,23 @@ def activation_bytes(units: Units, tokens: int, dtype: torch.dtype) -> int:
     Per token and layer: residual stream, norms and their outputs (about 8 hidden sizes), q, k, v,
     rotated q and k and the attention output, and four tensors of the MLP's width.
     """
-    per_token = [
-        8 * layer.hidden_size
-        + (3 * layer.query_heads + 3 * layer.kv_heads) * layer.head_dim
-        + 4 * layer.intermediate_size
-        for layer in units.layers
-    ]
-    return sum(per_token) * tokens * dtype.itemsize
+    return sum(map(_kept_per_token, units.layers)) * tokens * dtype.itemsize
+
+
+def block_activation_bytes(units: Units, tokens: int, dtype: torch.dtype) -> int:
+    """``activation_bytes`` of the largest decoder block."""
+    return max(map(_kept_per_token, units.layers)) * tokens * dtype.itemsize
+
+
+def checkpointed_bytes(units: Units, tokens: int, dtype: torch.dtype) -> int:
+    """As ``activation_bytes`` when blocks are recomputed: their inputs, and one block's activations."""
+    inputs = sum(layer.hidden_size for layer in units.layers) * tokens * dtype.itemsize
+    return inputs + block_activation_bytes(units, tokens, dtype)
+
+
+def _kept_per_token(layer: LayerUnits) -> int:
+    heads = (3 * layer.query_heads + 3 * layer.kv_heads) * layer.head_dim
+    return 8 * layer.hidden_size + heads + 4 * layer.intermediate_size
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -30,9 +40,10 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free memory of a CUDA device, or of the machine for any other device."""
+    """Free memory of a CUDA device, with what torch holds unused there, or of the machine for any other device."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     meminfo = Path("/proc/meminfo")  # counts reclaimable page cache as available, unlike sysconf
     if meminfo.exists():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())

@@ -1,19 +1,72 @@
-"""Sequences in micro-batches that shrink when a device runs out of memory."""
+"""Sequences in micro-batches: fitted to a device, and made smaller when it runs out of memory all the same."""
 
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
+from saap.memory import activation_bytes, available_bytes, block_activation_bytes, checkpointed_bytes
+from saap.units import Units
+
 Progress = Callable[[int, int], None]  # of work done and its total
-AUTO_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}  # small beside the weights on a CPU; fills a GPU
+CPU_BATCH_TOKENS = 512  # small beside the weights; larger micro-batches are no faster there
+ENOUGH_BATCH_TOKENS = 4096  # occupy a GPU; below them recomputing blocks to fit more tokens pays
+FILL = 0.6  # of a GPU's free memory; the rest is for workspaces, logits and what the estimate misses
 
 
-def resolve_batch(batch_size: int | str, seq_len: int, device: torch.device) -> int:
-    """Sequences per micro-batch: the given number, or "auto" for the device."""
-    if batch_size != "auto":
-        return int(batch_size)
-    return max(1, AUTO_BATCH_TOKENS.get(device.type, 512) // seq_len)
+class Fit(NamedTuple):
+    """Sequences per micro-batch, whether blocks are recomputed in the backward pass, and what autograd then keeps."""
+
+    batch: int
+    recompute: bool
+    activation_bytes: int
+
+
+def fit_micro_batches(
+    units: Units,
+    samples: int,
+    seq_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    batch_size: int | str = "auto",
+    checkpoint: bool | str = "auto",
+    streamed_bytes: int | None = None,
+) -> Fit:
+    """How ``samples`` sequences of ``seq_len`` tokens are cut for a device, by estimates of ``saap.memory``.
+
+    Given values stay. "auto" is ``CPU_BATCH_TOKENS`` tokens on a CPU, and as many as fit in a GPU: without
+    recomputation if all sequences, or ``ENOUGH_BATCH_TOKENS`` tokens, fit so; a power of two unless all fit, so
+    that a little more or less free memory changes no rounding. ``streamed_bytes``, when blocks are streamed, is
+    what their weights will take; then only one block's activations are on the device.
+    """
+    on_gpu, automatic = device.type == "cuda", batch_size == "auto"
+    room = (FILL if on_gpu else 0.5) * (available_bytes(device) - (streamed_bytes or 0))
+
+    def kept(batch: int, recompute: bool) -> int:
+        if streamed_bytes is not None:
+            return block_activation_bytes(units, batch * seq_len, dtype)
+        return (checkpointed_bytes if recompute else activation_bytes)(units, batch * seq_len, dtype)
+
+    def largest(recompute: bool) -> int:
+        if not on_gpu:
+            return max(1, CPU_BATCH_TOKENS // seq_len)
+        if kept(samples, recompute) <= room:
+            return samples
+        batch = 1
+        while kept(2 * batch, recompute) <= room:
+            batch *= 2
+        return batch
+
+    recompute = checkpoint is True
+    batch = largest(recompute) if automatic else int(batch_size)
+    if checkpoint == "auto" and streamed_bytes is None:
+        too_few = on_gpu and automatic and batch < samples and batch * seq_len < ENOUGH_BATCH_TOKENS
+        recompute = too_few or kept(batch, recompute=False) > room
+        if recompute and automatic:
+            batch = largest(recompute)
+    return Fit(batch, recompute, kept(batch, recompute))
 
 
 def in_micro_batches(total: int, batch: int, step: Callable[[slice], object], *, fixed: bool = False) -> int:

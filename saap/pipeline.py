@@ -14,12 +14,12 @@ from saap.compact import compact
 from saap.criteria import CRITERIA, score
 from saap.data import check_tokenizer, load_documents
 from saap.evaluate import Evaluation, evaluate
-from saap.memory import activation_bytes, available_bytes, weight_bytes
-from saap.micro_batches import resolve_batch
+from saap.memory import available_bytes, weight_bytes
+from saap.micro_batches import fit_micro_batches
 from saap.plan import Plan
 from saap.search import check_ratio, search
 from saap.statistics import Statistics
-from saap.stream import progress_unit
+from saap.stream import Streaming, progress_unit, streamed_bytes
 from saap.units import discover
 
 
@@ -109,9 +109,15 @@ class Job:
         units = discover(model)
         for ratio in self.ratios:
             check_ratio(units, ratio, **self.search_options)
-        batch = self.calibration["batch_size"]
-        seq_len = self.calibration["seq_len"]
-        tokens = resolve_batch(batch, seq_len, model.device) * seq_len
+        options, stream = self.calibration, self.calibration.get("stream")
+        device, dtype, streamed = model.device, model.dtype, None
+        if isinstance(stream, Streaming):
+            device, dtype = stream.resolved_device(model), stream.dtype or dtype
+            streamed = streamed_bytes(model, dtype)
+        fit = fit_micro_batches(
+            units, options["samples"], options["seq_len"], dtype, device,
+            batch_size=options["batch_size"], checkpoint=options["checkpoint"], streamed_bytes=streamed,
+        )  # fmt: skip
         return {
             "family": units.family,
             "layers": len(units.layers),
@@ -120,8 +126,10 @@ class Job:
             "kv_heads": units.count("attention"),
             "channels": units.count("mlp"),
             "weight_bytes": weight_bytes(model),
-            "activation_bytes": activation_bytes(units, tokens, model.dtype),
-            "available_bytes": available_bytes(model.device),
+            "batch_size": fit.batch,
+            "checkpointing": fit.recompute,
+            "activation_bytes": fit.activation_bytes,
+            "available_bytes": available_bytes(device),
             "would_remove": {f"{r:g}": self._share(units, r) for r in self.ratios},
             "outputs": [str(path) for path in self.targets().values()],
         }

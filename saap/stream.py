@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from saap.collector import Collector
-from saap.families import layers_of
+from saap.families import family_of, layers_of
 from saap.hidden_states import CPU, HiddenStates
 from saap.loss import backward_sequence_losses, sequence_spans
 from saap.memory import available_bytes, weight_bytes
@@ -110,7 +110,7 @@ class _Run:
     def embed(self) -> None:
         """Inputs of the first block, and what every block gets besides."""
         refuse_nonfinite_embeddings(self.model)
-        with self._here(self._outside()):
+        with self._here(_outside(self.model)):
             self._micro_batches(lambda rows: self.states[0][rows].copy_(self._embed(self.ids[rows])))
 
     @torch.no_grad()
@@ -130,7 +130,7 @@ class _Run:
 
     def _calls(self, index: int, size: int) -> Call:
         if size not in self.calls:
-            with self._here(self._outside()):
+            with self._here(_outside(self.model)):
                 self._embed(self.ids[:size])
         return self.calls[size][index]
 
@@ -176,7 +176,7 @@ class _Run:
             assert hidden.grad is not None  # backward has just run
             self.gradient[rows] = hidden.grad.to(CPU)
 
-        with self._here(self._outside()):
+        with self._here(_outside(self.model)):
             self._micro_batches(step)
         self.states.drop(self.count)
 
@@ -206,12 +206,6 @@ class _Run:
 
         self.batch = in_micro_batches(len(self.ids), self.batch, one, fixed=self.collector.coupled)
 
-    def _outside(self) -> list[Tensor]:
-        """Everything of the model that is not in a block."""
-        prefix = f"{self.collector.family.layers}."
-        named = [*self.model.named_parameters(), *self.model.named_buffers()]
-        return [tensor for name, tensor in named if not name.startswith(prefix)]
-
     @contextmanager
     def _here(self, tensors: Iterable[Tensor]) -> Iterator[None]:
         """``tensors`` on the device, in the dtype, while the context is open."""
@@ -238,6 +232,19 @@ class _Run:
             yield
         finally:
             undo.restore()
+
+
+def streamed_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """The most bytes of weights in ``dtype`` that are on the device at a time: a block's, or all that is in none."""
+    parts = [_outside(model), *map(_tensors, layers_of(model, family_of(model)))]
+    return max(sum(tensor.numel() for tensor in part) for part in parts) * dtype.itemsize
+
+
+def _outside(model: PreTrainedModel) -> list[Tensor]:
+    """Everything of the model that is not in a block."""
+    prefix = f"{family_of(model).layers}."
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return [tensor for name, tensor in named if not name.startswith(prefix)]
 
 
 def _tensors(layer: nn.Module) -> list[Tensor]:

@@ -88,6 +88,7 @@ def test_dry_run_does_nothing_but_tell(workplace, tmp_path) -> None:
     assert "nothing was done" in result.stdout and not (tmp_path / "out").exists()
     found = json.loads(prune(workplace, "--ratio", 0.2, "--out", tmp_path / "out", "--dry-run", "--json").stdout)
     assert found["family"] == "llama" and found["kv_heads"] == 12
+    assert found["batch_size"] >= 1 and found["checkpointing"] is False and found["activation_bytes"] > 0
 
 
 def test_doctor_says_what_works_and_why_not() -> None:
