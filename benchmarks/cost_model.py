@@ -1,4 +1,4 @@
-"""What rows of calibration_kernels and calibrate_model should be on a GPU, predicted: nothing here was measured.
+"""What every row of calibration_kernels and calibrate_model should be on a GPU, predicted: nothing here was measured.
 
 A kernel's time is the largest of its parts' times (matrix units, memory) plus what does not overlap with them.
 The inputs are data-sheet figures and the assumptions below, each a named constant, so that a measurement that
@@ -29,6 +29,7 @@ GAP_SECONDS = 1.5e-6  # between the kernels of a captured graph
 EAGER_BYTES = 70  # moved per weight by eager: bf16 dW and product, then fp32 temporaries of three orders
 COMPILED_BYTES = 6  # dW written and read, w read; one fused reduction
 EAGER_KERNELS, PANEL_KERNELS, COMPILED_KERNELS = 13, 12, 2  # per sequence; per panel and sequence
+EAGER_ACTIVATION_BYTES = 60  # moved per element by eager's sums: fp32 copies, product, square, absolute value
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,12 @@ def weight_sized(problem: Problem, device: Device, bytes_per_weight: float, kern
     return problem.sequences * (product + device.read(bytes_per_weight * problem.weights) + kernels * GAP_SECONDS)
 
 
-def tiled(problem: Problem, device: Device) -> float:
-    """Seconds of the strongest eager form: panels stay in the cache, launches remain."""
+def tiled(problem: Problem, device: Device, kernels: int) -> float:
+    """Seconds of dW in panels that stay in the cache, ``kernels`` launches for each."""
     rows, columns = problem.shape.rows, problem.shape.columns
     unit = problem.shape.unit_size if problem.shape.axis == "out" else 1
     panels = math.ceil(rows / panel_rows(columns, rows, unit))
-    return bare_product(problem, device) + problem.sequences * panels * PANEL_KERNELS * GAP_SECONDS
+    return bare_product(problem, device) + problem.sequences * panels * kernels * GAP_SECONDS
 
 
 def rows_of(problem: Problem, device: Device) -> list[Row]:
@@ -119,7 +120,8 @@ def rows_of(problem: Problem, device: Device) -> list[Row]:
     peers = {
         "eager": (weight_sized(problem, device, EAGER_BYTES, EAGER_KERNELS), "" if long else "<= 0.20"),
         "compiled": (weight_sized(problem, device, COMPILED_BYTES, COMPILED_KERNELS), "" if long else "<= 0.50"),
-        "tiled": (tiled(problem, device), ""),
+        "tiled": (tiled(problem, device, PANEL_KERNELS), ""),
+        "compiled tiled": (tiled(problem, device, COMPILED_KERNELS), ""),
         "dW": (bare_product(problem, device), "<= 1.18" if long else ""),
     }
     case = f"{problem.shape.name} {problem.sequences}x{problem.length}"
@@ -127,54 +129,82 @@ def rows_of(problem: Problem, device: Device) -> list[Row]:
         predicted(f"weight_salience {case} / {peer}", mine, time, device, asked)
         for peer, (time, asked) in peers.items()
     ]
+    share = problem.flops / mine / (device.flops * MATMUL_SHARE)
     return [
+        single(f"weight_salience {case}, share of matmul peak", share, "share", device),
         *rows,
         predicted(f"coupled_salience {case} / dW", coupled, peers["dW"][0], device, "<= 1.67" if long else ""),
     ]
 
 
-def activation_row(tokens: int, features: int, length: int, device: Device) -> Row:
+def activation_rows(tokens: int, features: int, length: int, device: Device) -> list[Row]:
     """activation_salience_statistics: two bf16 operands read once; sums of 4 planes written, and read if in parts."""
     operands = 2 * 2.0 * tokens * features
     blocks = tokens / length * math.ceil(length / rows_per_partial(tokens))
     written = 4 * 4.0 * features * (blocks if length <= rows_per_partial(tokens) else 2 * blocks + tokens / length)
-    share = device.read(operands) / (device.read(operands + written) + GAP_SECONDS)
-    case = f"{device.name}: activation_salience_statistics {tokens}x{features}, share of read bandwidth"
-    return Row(case, share, None, None, "share", PREDICTED, ">= 0.9")
+    mine = device.read(operands + written) + GAP_SECONDS
+    case = f"activation_salience_statistics {tokens}x{features}"
+    eager = device.read(EAGER_ACTIVATION_BYTES * tokens * features)
+    return [
+        single(f"{case}, share of read bandwidth", device.read(operands) / mine, "share", device, ">= 0.9"),
+        predicted(f"{case} / eager", mine, eager, device, ""),
+    ]
 
 
 def calibration_rows(device: Device) -> list[Row]:
-    """Llama-2-7B on 10 x 64 tokens in bf16, as calibrate_model: time against LLM-Pruner, memory against weights.
+    """Llama-2-7B on 10 x 64 tokens in bf16, as calibrate_model: time and memory against every peer of it.
 
     Every pass reads all weights. LLM-Pruner's procedure runs one sample at a time, writes all gradients, and
-    squares, scales and adds them in weight-sized tensors; then it repeats the passes for the whole batch.
+    squares, scales and adds them in weight-sized tensors; then it repeats the passes for the whole batch, or
+    (without the second pass) adds up the gradients themselves too.
     """
     model, layers, sequences, length, vocabulary = MODELS["Llama-2-7B"], 32, 10, 64, 32000
     hidden, width, tokens = model[0].columns, model[3].rows, sequences * length
     q, k, o, gate, down = model
     projections = [Problem(shape, sequences, length) for shape in (q, k, k, o, gate, gate, down)]
-    weights = 2.0 * (layers * sum(problem.weights for problem in projections) + 2 * vocabulary * hidden)
+    in_layers = 2.0 * layers * sum(problem.weights for problem in projections)
+    weights = in_layers + 2.0 * 2 * vocabulary * hidden
 
-    def passes(count: int, token_count: int) -> float:  # of a forward or backward pass: bound by weights or by products
-        return count * max(device.read(weights), weights * token_count / (device.flops * MATMUL_SHARE))
+    def products(count: int, token_count: int, size: float) -> float:
+        """Seconds of passes over ``size`` bytes of weights, or of gradients: bound by them or by the arithmetic."""
+        return count * max(device.read(size), size * token_count / (device.flops * MATMUL_SHARE))
 
     salience = layers * sum(ours(problem, device) for problem in projections)
     per_token = 2.0 * (14 * hidden + 4 * width)  # as saap.memory.activation_bytes counts
     one_block, inputs = tokens * per_token, layers * tokens * hidden * 2.0
-    moved = 1 + 2 + 2 + 3  # gradient written; squared, scaled, added: each reads and writes
-    peer = sequences * (passes(2, length) + device.read(moved * weights)) + passes(2, tokens) + device.read(weights)
-    name = f"{device.name}: Llama-2-7B, {sequences} x {length}"
+    moved = 2 + 2 + 3  # squared, scaled, added: each reads and writes
+    sample = products(3, length, weights) + device.read(moved * weights)
+    batch, score = products(3, tokens, weights), device.read(weights)
+    peers = {  # seconds, bytes: gradients, their squares, their sum
+        "": (sequences * sample + batch + score, 2 * weights + layers * one_block),
+        " without second pass": (sequences * (sample + device.read(3 * weights)) + score, 3 * weights),
+    }
     rows = []
     for kind, forwards, kept in (("", 1, layers * one_block), (", checkpointing", 2, inputs + one_block)):
-        time = passes(forwards + 1, tokens) + salience
-        rows.append(Row(f"{name}: saap{kind} / LLM-Pruner", time, peer, time / peer, "s", PREDICTED, "<= 0.25"))
-        share = 1 + kept / weights
-        rows.append(Row(f"{name}: ours{kind}, peak memory / weights", share, None, None, "ratio", PREDICTED, "<= 1.15"))
+        name = f"Llama-2-7B, {sequences} x {length}: "
+        rows.append(single(f"{name}ours{kind}, peak memory / weights", 1 + kept / weights, "ratio", device, "<= 1.15"))
+        time = products(forwards + 1, tokens, weights) + salience
+        for peer, (seconds, size) in peers.items():
+            label = f"{name}saap{kind} / LLM-Pruner{peer}"
+            rows.append(predicted(label, time, seconds, device, "" if kind or peer else "<= 0.25"))
+            rows.append(predicted_bytes(label, kept, size, device, "<= 0.3"))
+        plain = products(forwards + 1, tokens, weights) + products(1, tokens, in_layers)
+        label = f"{name}saap{kind} / forward and backward with weight gradients"
+        rows.append(predicted(label, time, plain, device, "<= 1.2"))
+        rows.append(predicted_bytes(label, kept, kept + in_layers, device, ""))
     return rows
+
+
+def single(case: str, value: float, unit: str, device: Device, asked: str = "") -> Row:
+    return Row(f"{device.name}: {case}", value, None, None, unit, PREDICTED, asked)
 
 
 def predicted(case: str, mine: float, peer: float, device: Device, asked: str) -> Row:
     return Row(f"{device.name}: {case}", mine * 1e3, peer * 1e3, mine / peer, "ms", PREDICTED, asked)
+
+
+def predicted_bytes(case: str, mine: float, peer: float, device: Device, asked: str) -> Row:
+    return Row(f"{device.name}: {case}", mine / 2**20, peer / 2**20, mine / peer, "MiB", PREDICTED, asked)
 
 
 def measure(quick: bool) -> Sequence[Row]:
@@ -185,7 +215,7 @@ def measure(quick: bool) -> Sequence[Row]:
         for sequences, length in TOKENS:
             for shape in (shape for model in models for shape in model):
                 rows += rows_of(Problem(shape, sequences, length), device)
-        rows.append(activation_row(16384, 8192, 128, device))
+        rows += activation_rows(16384, 8192, 128, device)
         rows += calibration_rows(device)
     return rows
 

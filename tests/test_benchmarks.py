@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 NAMES = (
     "replan", "criteria", "calibrate_model", "calibration_kernels", "calibrate_streamed", "torch_pruning_taylor",
@@ -67,3 +68,36 @@ def test_the_cost_model_charges_for_more_work_and_says_that_it_predicts() -> Non
     assert ours(long, device) > bare_product(long, device)  # the same products, and an epilogue
     assert ours(short, DEVICES[0]) == ours(short, DEVICES[1])  # bound by arithmetic, which the two share
     assert all("not measured" in row.device for row in rows_of(short, device))
+
+
+def test_the_cost_model_predicts_every_row_that_a_gpu_would_measure(monkeypatch) -> None:
+    from benchmarks import calibrate_model, calibration_kernels
+    from benchmarks.cost_model import DEVICES, Problem, activation_rows, calibration_rows, rows_of
+    from benchmarks.shapes import MODELS
+
+    device, shape = DEVICES[0], MODELS["Llama-2-7B"][3]
+
+    def cases(rows: list) -> list[tuple[str, str]]:
+        return [(row.case.removeprefix(f"{device.name}: "), row.asked) for row in rows]
+
+    def measured(rows: list) -> list[tuple[str, str]]:
+        return [(row.case, row.asked) for row in rows]
+
+    def same(variants, *_, **__) -> dict[str, float]:
+        return dict.fromkeys(variants, 1.0)
+
+    monkeypatch.setattr(calibration_kernels, "interleave", same)
+    monkeypatch.setattr(calibration_kernels, "operands", lambda *_: [()])
+    names = {case for case, _ in measured(calibration_kernels.weight_rows(shape, 10, 64, 1, 1.0, compiled=True))}
+    assert names == {case for case, _ in cases(rows_of(Problem(shape, 10, 64), device))}
+    names = {case for case, _ in measured(calibration_kernels.activation_rows(256, 64, 1.0, 1))}
+    assert names == {case for case, _ in cases(activation_rows(256, 64, 128, device))}
+
+    size = calibrate_model.Setting("Llama-2-7B", {}, 10, 64, torch.bfloat16, 10)
+    monkeypatch.setattr(calibrate_model, "setting", lambda quick: size)
+    monkeypatch.setattr(calibrate_model, "device", lambda: "cuda")
+    ones = {"seconds": 1.0, "bytes": 1.0, "weights": 1.0}
+    monkeypatch.setattr(
+        calibrate_model, "measure_in_processes", lambda _module, variants, *_, **__: dict.fromkeys(variants, ones)
+    )
+    assert sorted(measured(calibrate_model.measure(quick=False))) == sorted(cases(calibration_rows(device)))
