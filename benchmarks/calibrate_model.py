@@ -10,8 +10,6 @@ variant runs in a process of its own, alternating.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +17,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import Row, measure_in_processes, peak_memory, run_or_measure
+from benchmarks.common import Row, measure_in_processes, peak_of_device, run_or_measure
 from saap.calibrate import calibrate
 from saap.families import family_of, layers_of, linears_of
 from saap.loss import backward_sequence_losses
@@ -131,7 +129,7 @@ def measure_variant(variant: str, quick: bool) -> dict[str, float]:
     backward_sequence_losses(_warm_up_model(), ids[:1].cpu() % 64)  # thread pools and library initialisation
     if device() == "cuda":
         run_variant(variant, model, ids, chosen)  # compiles the kernels and fills the allocator
-    with peak_of_device() as peak:
+    with peak_of_device(device()) as peak:
         start = time.perf_counter()
         run_variant(variant, model, ids, chosen)
         if device() == "cuda":
@@ -152,19 +150,6 @@ def run_variant(variant: str, model: LlamaForCausalLM, ids: torch.Tensor, chosen
         model.zero_grad(set_to_none=True)
     else:
         llm_pruner(model, ids, second_pass=variant == "peer")
-
-
-@contextmanager
-def peak_of_device() -> Iterator[Callable[[], int]]:
-    """Peak memory above the start: the CUDA allocator's, or this process's resident memory."""
-    if device() != "cuda":
-        with peak_memory() as peak:
-            yield peak
-        return
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    start = torch.cuda.memory_allocated()
-    yield lambda: torch.cuda.max_memory_allocated() - start
 
 
 def _warm_up_model() -> LlamaForCausalLM:

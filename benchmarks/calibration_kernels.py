@@ -4,7 +4,7 @@ Peers of weight_salience: "eager" forms dW of each sequence, multiplies, takes t
 sums; "tiled" is the strongest eager form, the same in cache-sized panels; "compiled" and "compiled tiled"
 are both with the work on one dW, or one panel of it, under torch.compile; "dW" is the bare product of all
 tokens, with nothing reduced. CPU: fp32, two shapes; CUDA: bf16, all shapes. Ratios
-are ours / peer in time, variants interleaved, operands rotated.
+are ours / peer in time, variants interleaved, operands rotated. Memory is the peak of one call above the operands.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 import saap_kernels as K
 from benchmarks.common import Row, run
 from benchmarks.shapes import MODELS, TOKENS, Projection
-from benchmarks.timing import Variant, interleave, matmul_rate, read_bandwidth
+from benchmarks.timing import Variant, interleave, matmul_rate, peaks, read_bandwidth
 from saap_kernels import reference
 from saap_kernels.reference import panel_rows
 
@@ -90,17 +90,22 @@ def weight_rows(shape: Projection, sequences: int, length: int, repeats: int, ra
         one, panel = torch.compile(lines_of, dynamic=False), torch.compile(lines_of, dynamic=False)
         variants["compiled"] = lambda i: eager_salience(*sets[i], ranges, shape.axis, shape.unit_size, one)
         variants["compiled tiled"] = lambda i: tiled_salience(*sets[i], ranges, shape.axis, shape.unit_size, panel)
-    seconds = interleave(variants, repeats, len(sets), device)
+    seconds, memory = interleave(variants, repeats, len(sets), device), peaks(variants, device)
     flops = 2 * sequences * length * shape.rows * shape.columns
     case = f"weight_salience {shape.name} {sequences}x{length}"
     on_gpu = device == "cuda"
     long = length >= 2048
-    rows = [Row.single(f"{case}, share of matmul peak", flops / seconds["ours"] / rate, "share")]
+    rows = [
+        Row.single(f"{case}, arithmetic", flops / seconds["ours"] / 1e12, "TFLOP/s"),
+        Row.single(f"{case}, share of matmul peak", flops / seconds["ours"] / rate, "share"),
+        Row.single(f"{case}, peak memory", memory["ours"] / 2**20, "MiB"),
+    ]
     for peer in ("eager", "compiled", "tiled", "compiled tiled", "dW"):
         if peer in seconds:
             limit = 1 / 0.85 if peer == "dW" and long else ASKED_GPU.get(peer) if not long else None
             asked = f"<= {limit:.2f}" if on_gpu and limit else ""
             rows.append(Row.compare(f"{case} / {peer}", seconds["ours"] * 1e3, seconds[peer] * 1e3, "ms", asked))
+            rows.append(Row.single(f"{case}: {peer}, peak memory", memory[peer] / 2**20, "MiB"))
     asked = "<= 1.67" if on_gpu and long else ""
     rows.append(Row.compare(f"coupled{case[6:]} / dW", seconds["coupled"] * 1e3, seconds["dW"] * 1e3, "ms", asked))
     return rows
@@ -122,12 +127,15 @@ def activation_rows(tokens: int, features: int, bandwidth: float, repeats: int) 
         "eager": eager,
     }
     seconds = interleave(variants, repeats, 2, device)
-    size = 2 * tokens * features * dtype.itemsize
+    memory, size = peaks(variants, device), 2 * tokens * features * dtype.itemsize
     case = f"activation_salience_statistics {tokens}x{features}"
     asked = ">= 0.9" if device == "cuda" else ""
     return [
+        Row.single(f"{case}, reading", size / seconds["ours"] / 1e9, "GB/s"),
         Row.single(f"{case}, share of read bandwidth", size / seconds["ours"] / bandwidth, "share", asked),
         Row.compare(f"{case} / eager", seconds["ours"] * 1e3, seconds["eager"] * 1e3, "ms"),
+        Row.single(f"{case}, peak memory", memory["ours"] / 2**20, "MiB"),
+        Row.single(f"{case}: eager, peak memory", memory["eager"] / 2**20, "MiB"),
     ]
 
 

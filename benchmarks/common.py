@@ -1,6 +1,7 @@
 """What every benchmark shares: rows, their table and JSON, peak memory, and the shipped model."""
 
 import argparse
+import ctypes
 import json
 import platform
 import statistics
@@ -100,8 +101,12 @@ def resident_bytes() -> int:
 
 def anonymous_bytes() -> int:
     """Anonymous memory of this process (RssAnon): what the system cannot drop and read again from a file."""
+    return _status_bytes("RssAnon")
+
+
+def _status_bytes(field: str) -> int:
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
 @contextmanager
@@ -123,3 +128,28 @@ def peak_memory(read: Callable[[], int] = resident_bytes, interval: float = 0.00
     finally:
         stop.set()
         thread.join()
+
+
+@contextmanager
+def highest_resident() -> Iterator[Callable[[], int]]:
+    """The system's own high-water mark of resident memory above the start, for calls too short to sample.
+
+    Blocks that the C library kept from earlier calls are handed back first, or they would hide what is taken.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the mark starts again at what is resident now
+    start = _status_bytes("VmHWM")
+    yield lambda: _status_bytes("VmHWM") - start
+
+
+@contextmanager
+def peak_of_device(device: str) -> Iterator[Callable[[], int]]:
+    """Peak memory above the start: the CUDA allocator's, or this process's resident memory."""
+    if device != "cuda":
+        with peak_memory() as peak:
+            yield peak
+        return
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    yield lambda: torch.cuda.max_memory_allocated() - start

@@ -16,6 +16,7 @@ from benchmarks.common import Row, run
 from benchmarks.shapes import MODELS, TOKENS, Projection
 from saap_kernels.planes import rows_per_partial
 from saap_kernels.reference import panel_rows
+from saap_kernels.tiled_salience import PARTIAL_BYTES
 from saap_kernels.triton_weight_salience import choose_config
 
 # assumptions
@@ -30,6 +31,7 @@ EAGER_BYTES = 70  # moved per weight by eager: bf16 dW and product, then fp32 te
 COMPILED_BYTES = 6  # dW written and read, w read; one fused reduction
 EAGER_KERNELS, PANEL_KERNELS, COMPILED_KERNELS = 13, 12, 2  # per sequence; per panel and sequence
 EAGER_ACTIVATION_BYTES = 60  # moved per element by eager's sums: fp32 copies, product, square, absolute value
+EAGER_KEPT, EAGER_ACTIVATION_KEPT = 20, 12  # bytes alive at once per weight and per element, in fp32
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,22 @@ def tiled(problem: Problem, device: Device, kernels: int) -> float:
     return bare_product(problem, device) + problem.sequences * panels * kernels * GAP_SECONDS
 
 
+def kept_bytes(problem: Problem) -> dict[str, float]:
+    """Peak bytes above the operands: partial sums of one launch and results, dW, or what is made of it."""
+    shape, panel = problem.shape, panel_rows(problem.shape.columns, problem.shape.rows, 1) * problem.shape.columns
+    lines, entries = (shape.rows, shape.columns) if shape.axis == "out" else (shape.columns, shape.rows)
+    config = choose_config(lines, entries, torch.bfloat16, coupled=False, processors=132, capability=90)
+    result = 4.0 * 3 * lines * problem.sequences
+    return {
+        "ours": min(result * math.ceil(entries / config.block_r), PARTIAL_BYTES) + result,
+        "eager": EAGER_KEPT * problem.weights + result,
+        "compiled": 2.0 * problem.weights + result,
+        "tiled": EAGER_KEPT * panel + result,
+        "compiled tiled": 2.0 * panel + result,
+        "dW": 2.0 * problem.weights,
+    }
+
+
 def rows_of(problem: Problem, device: Device) -> list[Row]:
     mine, coupled = ours(problem, device), ours(problem, device, coupled=True)
     long = problem.length >= 2048
@@ -125,13 +143,16 @@ def rows_of(problem: Problem, device: Device) -> list[Row]:
         "dW": (bare_product(problem, device), "<= 1.18" if long else ""),
     }
     case = f"{problem.shape.name} {problem.sequences}x{problem.length}"
+    memory, name = kept_bytes(problem), f"weight_salience {case}"
     rows = [
-        predicted(f"weight_salience {case} / {peer}", mine, time, device, asked)
-        for peer, (time, asked) in peers.items()
+        single(f"{name}, arithmetic", problem.flops / mine / 1e12, "TFLOP/s", device),
+        single(f"{name}, share of matmul peak", problem.flops / mine / (device.flops * MATMUL_SHARE), "share", device),
+        single(f"{name}, peak memory", memory["ours"] / 2**20, "MiB", device),
     ]
-    share = problem.flops / mine / (device.flops * MATMUL_SHARE)
+    for peer, (time, asked) in peers.items():
+        rows.append(predicted(f"{name} / {peer}", mine, time, device, asked))
+        rows.append(single(f"{name}: {peer}, peak memory", memory[peer] / 2**20, "MiB", device))
     return [
-        single(f"weight_salience {case}, share of matmul peak", share, "share", device),
         *rows,
         predicted(f"coupled_salience {case} / dW", coupled, peers["dW"][0], device, "<= 1.67" if long else ""),
     ]
@@ -146,8 +167,11 @@ def activation_rows(tokens: int, features: int, length: int, device: Device) -> 
     case = f"activation_salience_statistics {tokens}x{features}"
     eager = device.read(EAGER_ACTIVATION_BYTES * tokens * features)
     return [
+        single(f"{case}, reading", operands / mine / 1e9, "GB/s", device),
         single(f"{case}, share of read bandwidth", device.read(operands) / mine, "share", device, ">= 0.9"),
         predicted(f"{case} / eager", mine, eager, device, ""),
+        single(f"{case}, peak memory", written / 2**20, "MiB", device),
+        single(f"{case}: eager, peak memory", EAGER_ACTIVATION_KEPT * tokens * features / 2**20, "MiB", device),
     ]
 
 

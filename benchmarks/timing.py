@@ -6,6 +6,8 @@ from statistics import median
 
 import torch
 
+from benchmarks.common import highest_resident, peak_of_device
+
 Variant = Callable[[int], object]  # takes the index of the operand set to use
 
 
@@ -24,6 +26,16 @@ def interleave(variants: Mapping[str, Variant], repeats: int, sets: int, device:
         for name, call in calls.items():
             seconds[name].append(_time(call, repeat % sets, device))
     return {name: median(values) for name, values in seconds.items()}
+
+
+def peaks(variants: Mapping[str, Variant], device: str) -> dict[str, int]:
+    """{name: bytes above what stood before} of one call of each variant, after ``interleave`` has warmed them up."""
+    found = {}
+    for name, call in variants.items():
+        with peak_of_device(device) if device == "cuda" else highest_resident() as peak:
+            call(0)
+            found[name] = peak()
+    return found
 
 
 def _time(call: Variant, index: int, device: str) -> float:

@@ -1,6 +1,8 @@
 """Spans cut into token blocks: the one loop that a kernel runs over all sequences."""
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,31 @@ def as_spans(spans: Tensor) -> Spans:
     return tuple((start, stop) for start, stop in spans.tolist())
 
 
-@lru_cache(maxsize=CACHED_SCHEDULES)
+_in_graphs: dict[int, Tensor] = {}  # tables that captured graphs read at every replay, by address
+
+
+def _cached(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Cache the tables that ``build`` makes, each safe on any stream and in graphs.
+
+    Another stream than the one a table was made on may still read it when the cache drops it, and a graph may
+    read it long after: the allocator is told of the first, and tables of the second kind are never freed.
+    """
+    cached = lru_cache(maxsize=CACHED_SCHEDULES)(build)
+
+    @wraps(build)
+    def table(*arguments: Any) -> Tensor:
+        found = cached(*arguments)
+        if found.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                _in_graphs[found.data_ptr()] = found
+            else:
+                found.record_stream(torch.cuda.current_stream(found.device))
+        return found
+
+    return table
+
+
+@_cached
 def masked_blocks(spans: Spans, block: int, device: torch.device) -> Tensor:
     """(B + 1, 5) int32: first row, rows, sequence at its last block (else -1), 0, 0; the last block may be short."""
     table = []
@@ -28,7 +54,7 @@ def masked_blocks(spans: Spans, block: int, device: torch.device) -> Tensor:
     return torch.tensor([*table, END], dtype=torch.int32).to(device)
 
 
-@lru_cache(maxsize=CACHED_SCHEDULES)
+@_cached
 def whole_blocks(spans: Spans, block: int, rows: int, device: torch.device) -> Tensor:
     """(B + 1, 5) int32: first row, block, sequence at its last block (else -1), first row and rows of its tail.
 
@@ -45,7 +71,7 @@ def whole_blocks(spans: Spans, block: int, rows: int, device: torch.device) -> T
     return torch.tensor([*table, END], dtype=torch.int32).to(device)
 
 
-@lru_cache(maxsize=CACHED_SCHEDULES)
+@_cached
 def first_blocks(spans: Spans, block: int, device: torch.device) -> Tensor:
     """(S + 1,) int32: index of each sequence's first row in ``masked_blocks``, and their number."""
     starts = [0]

@@ -87,6 +87,7 @@ def test_the_cost_model_predicts_every_row_that_a_gpu_would_measure(monkeypatch)
         return dict.fromkeys(variants, 1.0)
 
     monkeypatch.setattr(calibration_kernels, "interleave", same)
+    monkeypatch.setattr(calibration_kernels, "peaks", same)
     monkeypatch.setattr(calibration_kernels, "operands", lambda *_: [()])
     names = {case for case, _ in measured(calibration_kernels.weight_rows(shape, 10, 64, 1, 1.0, compiled=True))}
     assert names == {case for case, _ in cases(rows_of(Problem(shape, 10, 64), device))}
