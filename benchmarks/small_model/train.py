@@ -1,8 +1,9 @@
-"""Train the shipped model: ``python -m benchmarks.small_model.train --source DIR --out DIR``.
+"""Train a shipped model: ``python -m benchmarks.small_model.train --source DIR --out DIR [--family qwen2]``.
 
 DIR holds CPython's documentation sources, for example ``/usr/share/doc/python3.11/html/_sources``
 (Debian package python3.11-doc, Python licence) or the ``Doc`` folder of a CPython source tree.
-The result is a Hugging Face directory with fp16 weights that loads in fp32.
+The result is a Hugging Face directory with fp16 weights that loads in fp32. The Llama comes with tokenizer
+and held-out texts; a model of another family is smaller and takes the tokenizer of the shipped Llama.
 """
 
 import argparse
@@ -15,7 +16,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from benchmarks.small_model.corpus import read_documents, split_documents, write_jsonl
 
@@ -42,14 +50,18 @@ def train_tokenizer(texts: list[str], vocab_size: int = 4096) -> PreTrainedToken
     )
 
 
-def build_model(vocab_size: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
+SIZES = {
+    "llama": {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 4},
+    "qwen2": {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6, "num_key_value_heads": 3},
+}
+CONFIGURATIONS: dict[str, type[PreTrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config}
+
+
+def build_model(family: str, vocab_size: int) -> PreTrainedModel:
+    config = CONFIGURATIONS[family](
         vocab_size=vocab_size,
-        hidden_size=256,
-        intermediate_size=704,
+        **SIZES[family],
         num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=4,
         head_dim=32,
         max_position_embeddings=SEQ_LEN,
         tie_word_embeddings=True,
@@ -58,10 +70,10 @@ def build_model(vocab_size: int) -> LlamaForCausalLM:
         initializer_range=0.03,
         attn_implementation="sdpa",
     )
-    return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
-def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+def optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for embeddings and norms."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     inside = {id(p) for p in matrices}
@@ -79,7 +91,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def perplexity(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
+def perplexity(model: PreTrainedModel, tokens: torch.Tensor) -> float:
     """Perplexity over non-overlapping windows of SEQ_LEN tokens; tokens (T,)."""
     model.eval()
     windows = tokens[: len(tokens) // SEQ_LEN * SEQ_LEN].view(-1, SEQ_LEN)
@@ -88,7 +100,7 @@ def perplexity(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write fp16 weights with a configuration that loads them in fp32: fp16 is slow on CPUs."""
     copy.deepcopy(model).half().save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -98,7 +110,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 
 def train(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokens: torch.Tensor,
     held_out: torch.Tensor,
     steps: int,
@@ -137,6 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--family", choices=SIZES, default="llama")
     parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--batch", type=int, default=8)
     args = parser.parse_args()
@@ -144,14 +157,17 @@ def main() -> None:
     torch.manual_seed(0)
     splits = split_documents(read_documents(args.source))
     args.out.mkdir(parents=True, exist_ok=True)
-    for split in ("calibration", "selection", "report"):
-        write_jsonl(args.out / f"{split}.jsonl", splits[split])
-    tokenizer = train_tokenizer(list(splits["train"].values()))
+    if args.family == "llama":
+        for split in ("calibration", "selection", "report"):
+            write_jsonl(args.out / f"{split}.jsonl", splits[split])
+        tokenizer = train_tokenizer(list(splits["train"].values()))
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(Path(__file__).parent)
     encoded = {
         name: torch.cat([torch.tensor(tokenizer(t).input_ids) for t in docs.values()]) for name, docs in splits.items()
     }
     print({name: (len(splits[name]), len(ids)) for name, ids in encoded.items()}, flush=True)
-    model = build_model(len(tokenizer))
+    model = build_model(args.family, len(tokenizer))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     train(
         model, encoded["train"], encoded["selection"], args.steps, args.batch, lambda: save(model, tokenizer, args.out)
