@@ -1,0 +1,58 @@
+"""``saap plan``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saap import console, pipeline
+from saap.cli.options import AsJson, Criterion, Debug, Force, Method, Multiple, Protect, RatioOf, Uniform, layer_indices
+from saap.criteria import score
+from saap.plan import Plan
+from saap.search import search
+from saap.statistics import Statistics
+
+
+def plan(
+    statistics: Annotated[Path, typer.Argument(help="A statistics file written by saap calibrate.")],
+    ratio: Annotated[float, typer.Option(help="Share of the parameters to remove, in (0, 1).")],
+    out: Annotated[Path, typer.Option(help="The plan file, .json.")],
+    criterion: Criterion = "saap",
+    method: Method = "global",
+    ratio_of: RatioOf = "model",
+    multiple: Multiple = 32,
+    protect: Protect = "",
+    uniform: Uniform = False,
+    force: Force = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Turn statistics into a plan: JSON that you can read, edit and apply. Needs no model.
+
+    Example: `saap plan my-llama.stats.safetensors --ratio 0.3 --out plan.json`, then
+    `saap prune my-llama --plan plan.json --out my-llama-30`
+    """
+    with console.user_errors(debug):
+        pipeline.refuse_existing_file(out, force)
+        found = search(
+            score(Statistics.load(statistics), criterion), ratio, ratio_of=ratio_of, method=method,
+            multiple=multiple, protect=layer_indices(protect), uniform=uniform,
+        )  # fmt: skip
+        found.save(out)
+        if as_json:
+            console.print_json({"out": str(out), **pipeline.describe_plan(found)})
+        else:
+            _print_plan(found)
+
+
+def _print_plan(plan: Plan) -> None:
+    rows = [
+        [
+            str(index),
+            f"{len(layer.kv_heads)} of {sizes.kv_heads}",
+            f"{len(layer.channels)} of {sizes.intermediate_size}",
+        ]
+        for index, (layer, sizes) in enumerate(zip(plan.layers, plan.units.layers, strict=True))
+    ]
+    title = f"removes {plan.ratio:.2%} of all parameters, {plan.block_ratio:.2%} of the blocks'"
+    console.print_table(title, ["layer", "KV heads", "channels"], rows)

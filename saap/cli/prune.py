@@ -1,0 +1,100 @@
+"""``saap prune``."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from saap import console, pipeline
+from saap.cli.options import (
+    SWITCH,
+    AsJson,
+    Backend,
+    BatchSize,
+    Checkpoint,
+    Criterion,
+    Data,
+    Debug,
+    Dtype,
+    Force,
+    Method,
+    Model,
+    Multiple,
+    Protect,
+    Ratio,
+    RatioOf,
+    Samples,
+    Seed,
+    SeqLen,
+    Stream,
+    StreamFolder,
+    Uniform,
+    calibration_options,
+    layer_indices,
+)
+from saap.distributed import refuse_ranks
+from saap.opening import open_for_calibration, open_tokenizer
+
+
+def prune(
+    model: Model,
+    out: Annotated[
+        Path, typer.Option(help="Where the pruned model goes (with a sweep: one folder per ratio below it).")
+    ],
+    data: Data = None,
+    ratio: Ratio = None,
+    plan: Annotated[Path | None, typer.Option(help="Apply this plan instead of making one.")] = None,
+    statistics: Annotated[Path | None, typer.Option(help="Use saved statistics instead of calibrating.")] = None,
+    save_statistics: Annotated[
+        Path | None, typer.Option(help="Keep the statistics for other ratios and criteria.")
+    ] = None,
+    eval_text: Annotated[
+        str | None, typer.Option("--eval", help="Text to evaluate dense and pruned models on.")
+    ] = None,
+    criterion: Criterion = "saap",
+    method: Method = "global",
+    ratio_of: RatioOf = "model",
+    multiple: Multiple = 32,
+    protect: Protect = "",
+    uniform: Uniform = False,
+    samples: Samples = 128,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = "auto",
+    checkpoint: Checkpoint = "auto",
+    stream: Stream = "auto",
+    stream_folder: StreamFolder = None,
+    backend: Backend = None,
+    seed: Seed = 0,
+    layout: Annotated[
+        Literal["auto", "stock", "template"], typer.Option(help="How the checkpoint is written.")
+    ] = "auto",
+    dtype: Dtype = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show sizes and memory, do nothing.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Calibrate, choose what to remove, cut it out, and save a model that loads like any other.
+
+    Example: `saap prune my-llama --data text.jsonl --ratio 0.2 --out my-llama-20 --eval heldout.jsonl`
+    """
+    console.quiet_libraries()
+    with console.user_errors(debug):
+        refuse_ranks("prune", "calibrate with torchrun, then prune with --statistics")
+        options = {
+            "ratio_of": ratio_of, "method": method, "multiple": multiple,
+            "protect": layer_indices(protect), "uniform": uniform,
+        }  # fmt: skip
+        job = pipeline.Job(
+            out, pipeline.parse_ratios(ratio, plan), data, plan, statistics, save_statistics, eval_text, criterion,
+            options, calibration_options(samples, seq_len, batch_size, checkpoint, backend, seed), layout, force,
+        )  # fmt: skip
+        job.check_files()
+        with console.screen.status("loading the model"):
+            loaded, streaming = open_for_calibration(model, dtype, SWITCH[stream], stream_folder)
+            tokenizer = open_tokenizer(model)
+        job.calibration["stream"] = streaming or False
+        if dry_run:
+            pipeline.report_dry_run(job.preview(loaded), as_json)
+        else:
+            pipeline.report(job.run(loaded, tokenizer), as_json)
