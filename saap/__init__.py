@@ -13,6 +13,7 @@ from saap.families import Family, known_families, register_family
 from saap.layout import register_template_classes
 from saap.plan import LayerPlan, Plan
 from saap.prune import PruneResult, prune
+from saap.report import report
 from saap.search import search
 from saap.statistics import Statistics
 from saap.stream import Streaming
@@ -42,6 +43,7 @@ __all__ = [
     "load",
     "prune",
     "register_family",
+    "report",
     "save",
     "score",
     "search",

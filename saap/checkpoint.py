@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,13 +31,15 @@ def save(
     layout: str = "auto",
     force: bool = False,
     plan: Plan | None = None,
+    also: Callable[[Path], None] | None = None,
 ) -> None:
     """Write ``model`` as a Hugging Face directory with safetensors, plan and model card.
 
     ``layout`` "stock" writes a model of its own family that loads anywhere (all layers of one size);
     "template" writes per-layer sizes and the two template files, for ``import saap`` or
     ``trust_remote_code=True``; "auto" prefers stock. The plan is the one ``compact`` applied, unless given.
-    The directory appears at once, complete; ``force`` replaces an existing one only then.
+    The directory appears at once, complete; ``force`` replaces an existing one only then. ``also`` is called
+    with it before that, to write more files into it.
 
     Raises FileExistsError before any work, and ValueError when a stock layout cannot express the sizes.
     """
@@ -55,6 +57,8 @@ def save(
         if plan is not None:
             plan.save(folder / PLAN_FILE)
         (folder / "README.md").write_text(model_card(described, units, plan, __version__), encoding="utf-8")
+        if also is not None:
+            also(folder)
 
 
 def refuse_existing(path: Path, force: bool) -> None:

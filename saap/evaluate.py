@@ -29,7 +29,8 @@ class Evaluation:
 
     ``perplexity`` is exp of the token-weighted mean loss over ``tokens`` predicted tokens in ``windows``
     non-overlapping windows of ``seq_len`` tokens; ``tokens_per_second`` is greedy decoding of one
-    sequence with the cache, median of several runs, on ``device``.
+    sequence with the cache, median of several runs, on ``device``; ``sample`` is the greedy continuation of
+    ``prompt``.
     """
 
     perplexity: float
@@ -45,6 +46,7 @@ class Evaluation:
     sample: str
     dtype: str
     device: str
+    prompt: str = ""
     against: "Evaluation | None" = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,6 +94,7 @@ def evaluate(
                 **asdict(static),
                 tokens_per_second=speed,
                 sample=_sample(each, tokenizer, windows[0]),
+                prompt="" if tokenizer is None else _text(tokenizer, windows[0][:PROMPT_TOKENS]),
                 dtype=str(each.dtype).removeprefix("torch."),
                 device=str(each.device),
                 against=results[0] if results else (against if isinstance(against, Evaluation) else None),
@@ -195,4 +198,8 @@ def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, w
         ids = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=room, do_sample=False, pad_token_id=0
         )
-    return str(tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True))
+    return _text(tokenizer, ids[0, prompt.shape[1] :])
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))

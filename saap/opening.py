@@ -39,9 +39,13 @@ def open_for_calibration(
 def open_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model; None when its directory has none."""
     folder = Path(path)
-    if folder.is_dir() and not list(folder.glob("*token*")):
+    if folder.is_dir() and not has_tokenizer(folder):
         return None
     return AutoTokenizer.from_pretrained(path)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return bool(list(folder.glob("*token*")))
 
 
 def _check_dtype(dtype: str | None) -> None:

@@ -1,6 +1,7 @@
 """What ``saap prune`` does: one calibration, then one pruned model per ratio."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ from saap import console
 from saap.calibrate import calibrate
 from saap.checkpoint import refuse_existing, save
 from saap.compact import compact
-from saap.criteria import CRITERIA, score
+from saap.criteria import CRITERIA, Scores, score
 from saap.data import check_tokenizer, load_documents
 from saap.evaluate import Evaluation, evaluate
 from saap.memory import available_bytes, weight_bytes
 from saap.micro_batches import fit_micro_batches
 from saap.plan import Plan
+from saap.report import REPORT_FILE, report_into, shown_name
 from saap.search import check_ratio, search
 from saap.statistics import Statistics
+from saap.stopwatch import Stopwatch
 from saap.stream import Streaming, progress_unit, streamed_bytes
 from saap.units import discover
 
@@ -64,6 +67,16 @@ class Result:
     out: Path
     plan: Plan
     evaluation: Evaluation | None
+    report: Path | None = None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The plan of every ratio, and what it was made from unless it came as a file."""
+
+    plans: dict[float | None, Plan]
+    statistics: Statistics | None = None
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,7 @@ class Job:
     calibration: dict[str, Any]
     layout: str
     force: bool
+    report: bool = True
 
     def targets(self) -> dict[float | None, Path]:
         """{ratio: directory}; a plan has the ratio None."""
@@ -145,44 +159,79 @@ class Job:
             check_ratio(units, ratio, **self.search_options)
         if tokenizer is not None:
             check_tokenizer(model, tokenizer)
-        plans = self._plans(model, tokenizer)
+        name, watch = shown_name(model.name_or_path), Stopwatch()
+        chosen = self._choose(model, tokenizer, watch)
         results = []
         dense: PreTrainedModel | Evaluation | None = model if self.eval_text is not None else None
         for key, target in self.targets().items():
             last = key == list(self.targets())[-1] and dense is None
-            pruned = compact(model, plans[key], copy=not last)
+            plan, mine = chosen.plans[key], Stopwatch(watch.seconds)  # what the ratios share, then this one's stages
+            with mine("compact"):
+                pruned = compact(model, plan, copy=not last)
             evaluation = None
             if self.eval_text is not None:
-                with console.progress(f"evaluating {target.name}", "windows") as bar:
+                with console.progress(f"evaluating {target.name}", "windows") as bar, mine("evaluate"):
                     evaluation = evaluate(pruned, tokenizer, self.eval_text, against=dense, progress=bar)
                 dense = evaluation.against
-            save(pruned, target, tokenizer=tokenizer, layout=self.layout, force=self.force)
-            results.append(Result(target, plans[key], evaluation))
+            also = partial(self._report, name, plan, pruned, chosen, evaluation, mine) if self.report else None
+            with mine("save"):
+                save(pruned, target, tokenizer=tokenizer, layout=self.layout, force=self.force, also=also)
+            made = target / REPORT_FILE
+            results.append(Result(target, plan, evaluation, made if made.exists() else None))
         return results
 
-    def _plans(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[float | None, Plan]:
+    def _report(
+        self,
+        name: str,
+        plan: Plan,
+        pruned: PreTrainedModel,
+        chosen: Chosen,
+        evaluation: Evaluation | None,
+        watch: Stopwatch,
+        folder: Path,
+    ) -> None:
+        """Add the report to a checkpoint that is being saved."""
+        files = {"calibration": self.data, "statistics": self.statistics_file, "plan": self.plan_file}
+        failure = report_into(
+            folder, name, plan, pruned,
+            statistics=chosen.statistics, scores=chosen.scores, evaluation=evaluation, timings=watch.so_far(),
+            files={key: str(file) for key, file in (files | {"evaluation": self.eval_text}).items() if file},
+        )  # fmt: skip
+        if failure is not None:
+            console.screen.print(f"the model is saved without its report: {failure}", markup=False, soft_wrap=True)
+
+    def _choose(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, watch: Stopwatch) -> Chosen:
         units = discover(model)
         if self.plan_file is not None:
             plan = Plan.load(self.plan_file)
             plan.check_model(units)
-            return {None: plan}
+            return Chosen({None: plan})
         if self.statistics_file is not None:
             statistics = Statistics.load(self.statistics_file)
         else:
-            with console.progress("calibrating", progress_unit(self.calibration.get("stream"))) as bar:
+            unit = progress_unit(self.calibration.get("stream"))
+            with console.progress("calibrating", unit) as bar, watch("calibrate"):
                 statistics = calibrate(model, tokenizer, self.data, **self.calibration, progress=bar)
             if self.save_statistics is not None:
                 statistics.save(self.save_statistics)
         statistics.check_model(units)
-        scores = score(statistics, self.criterion)
-        return {ratio: search(scores, ratio, **self.search_options) for ratio in self.ratios}
+        with watch("score"):
+            scores = score(statistics, self.criterion)
+        with watch("search"):
+            plans: dict[float | None, Plan] = {r: search(scores, r, **self.search_options) for r in self.ratios}
+        return Chosen(plans, statistics, scores)
 
 
 def report(results: list[Result], as_json: bool) -> None:
     """Print what was made, as a table or as JSON."""
     if as_json:
         outputs = [
-            {"out": str(r.out), **describe_plan(r.plan), "evaluation": r.evaluation and r.evaluation.to_dict()}
+            {
+                "out": str(r.out),
+                **describe_plan(r.plan),
+                "evaluation": r.evaluation and r.evaluation.to_dict(),
+                "report": r.report and str(r.report),
+            }  # fmt: skip
             for r in results
         ]
         console.print_json({"outputs": outputs})
@@ -196,6 +245,8 @@ def report(results: list[Result], as_json: bool) -> None:
     for r in results:
         kept = r.plan.units.total_parameters - r.plan.removed_parameters
         print(f"{r.out}: {kept:,} parameters, {r.plan.ratio:.2%} removed ({r.plan.block_ratio:.2%} of the blocks)")
+        if r.report is not None:
+            print(f"  what happened to it: {r.report}")
 
 
 def report_dry_run(preview: dict[str, Any], as_json: bool) -> None:

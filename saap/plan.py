@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saap.units import LayerUnits, Units
+from saap.version import __version__
 
 PLAN_FORMAT = 1
 
@@ -70,6 +71,7 @@ class Plan:
         kept = self.units.total_parameters - self.removed_parameters
         body = {
             "format": PLAN_FORMAT,
+            "written_by": f"saap {__version__}",
             "family": self.units.family,
             "fingerprint": self.units.fingerprint,
             "parameters": {

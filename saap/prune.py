@@ -1,31 +1,34 @@
 """The whole pipeline in one call: calibrate, score, search, compact, evaluate."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap.calibrate import calibrate
 from saap.compact import compact
-from saap.criteria import Criterion, score
+from saap.criteria import Criterion, Scores, score
 from saap.evaluate import Evaluation, evaluate
 from saap.micro_batches import Progress
 from saap.plan import Plan
 from saap.search import check_ratio, search
 from saap.statistics import Statistics
+from saap.stopwatch import Stopwatch
 from saap.stream import Streaming
 from saap.units import discover
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """A pruned model, the plan and statistics that led to it, and its evaluation if text was given."""
+    """A pruned model, what led to it, its evaluation if text was given, and seconds by stage (``timings``)."""
 
     model: PreTrainedModel
     plan: Plan
     statistics: Statistics
     evaluation: Evaluation | None
+    scores: Scores | None = None
+    timings: dict[str, float] = field(default_factory=dict)
 
 
 def prune(
@@ -67,14 +70,24 @@ def prune(
         "method": method,
     }
     check_ratio(units, ratio, **options)
+    watch, evaluation = Stopwatch(), None
     if statistics is None:
-        statistics = calibrate(
-            model, tokenizer, data, samples=samples, seq_len=seq_len, batch_size=batch_size,
-            checkpoint=checkpoint, backend=backend, seed=seed, stream=stream, progress=progress,
-        )  # fmt: skip
+        with watch("calibrate"):
+            statistics = calibrate(
+                model, tokenizer, data, samples=samples, seq_len=seq_len, batch_size=batch_size,
+                checkpoint=checkpoint, backend=backend, seed=seed, stream=stream, progress=progress,
+            )  # fmt: skip
     statistics.check_model(units)
-    plan = search(score(statistics, criterion), ratio, **options)
-    dense = None if eval_text is None else evaluate(model, tokenizer, eval_text)
-    compact(model, plan)
-    evaluation = None if eval_text is None else evaluate(model, tokenizer, eval_text, against=dense)
-    return PruneResult(model, plan, statistics, evaluation)
+    with watch("score"):
+        scores = score(statistics, criterion)
+    with watch("search"):
+        plan = search(scores, ratio, **options)
+    if eval_text is not None:
+        with watch("evaluate"):
+            evaluation = evaluate(model, tokenizer, eval_text)
+    with watch("compact"):
+        compact(model, plan)
+    if eval_text is not None:
+        with watch("evaluate"):
+            evaluation = evaluate(model, tokenizer, eval_text, against=evaluation)
+    return PruneResult(model, plan, statistics, evaluation, scores, watch.seconds)

@@ -17,6 +17,8 @@ app.command("prune")(prune.prune)
 app.command("calibrate")(calibrate.calibrate)
 app.command("plan")(plan.plan)
 app.command("eval")(inspect.evaluate_command)
+app.command("info")(inspect.info)
+app.command("compare")(inspect.compare)
 app.command("doctor")(inspect.doctor)
 
 

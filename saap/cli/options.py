@@ -23,6 +23,7 @@ Protect = Annotated[str, typer.Option(help="Layers left alone, such as 0,1,-1.")
 Uniform = Annotated[bool, typer.Option("--uniform", help="The same sizes in every layer: saves as a stock model.")]
 Samples = Annotated[int, typer.Option(help="Calibration sequences.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per calibration sequence.")]
+EvalSeqLen = Annotated[int, typer.Option("--seq-len", help="Window length; cut to the model's positions.")]
 BatchSize = Annotated[str, typer.Option(help="Sequences per micro-batch, or auto.")]
 Checkpoint = Annotated[Literal["auto", "on", "off"], typer.Option(help="Recompute activations to save memory.")]
 Stream = Annotated[

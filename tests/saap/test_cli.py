@@ -97,7 +97,7 @@ def test_doctor_says_what_works_and_why_not() -> None:
     assert "cuda:" in run("doctor").stdout
 
 
-@pytest.mark.parametrize("command", ["prune", "calibrate", "plan", "eval", "doctor"])
+@pytest.mark.parametrize("command", ["prune", "calibrate", "plan", "eval", "info", "compare", "doctor"])
 def test_every_command_teaches(command: str) -> None:
     text = run(command, "--help").stdout
     assert "Example" in text or command == "doctor"
