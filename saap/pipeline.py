@@ -1,6 +1,6 @@
 """What ``saap prune`` does: one calibration, then one pruned model per ratio."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap import console
+from saap.baselines import check_baselines, evaluate_baselines
 from saap.calibrate import calibrate
 from saap.checkpoint import refuse_existing, save
 from saap.compact import compact
@@ -62,11 +63,12 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Result:
-    """One pruned model on disk."""
+    """One pruned model on disk; ``baselines`` are what other criteria would have made of it."""
 
     out: Path
     plan: Plan
     evaluation: Evaluation | None
+    baselines: list[tuple[str, Evaluation]] = field(default_factory=list)
     report: Path | None = None
 
 
@@ -96,6 +98,7 @@ class Job:
     layout: str
     force: bool
     report: bool = True
+    baselines: tuple[str, ...] = ()
 
     def targets(self) -> dict[float | None, Path]:
         """{ratio: directory}; a plan has the ratio None."""
@@ -107,6 +110,9 @@ class Job:
         """Everything that can be refused without loading the model."""
         if self.criterion not in CRITERIA:
             raise ValueError(f"unknown criterion {self.criterion!r}; known: {', '.join(CRITERIA)}")
+        check_baselines(self.baselines)
+        if self.baselines and (self.eval_text is None or self.plan_file is not None):
+            raise ValueError("--baselines needs --eval, and a --ratio to prune them by instead of a --plan")
         for target in self.targets().values():
             refuse_existing(target, self.force)
         if self.save_statistics is not None:
@@ -168,33 +174,34 @@ class Job:
             plan, mine = chosen.plans[key], Stopwatch(watch.seconds)  # what the ratios share, then this one's stages
             with mine("compact"):
                 pruned = compact(model, plan, copy=not last)
-            evaluation = None
+            result = Result(target, plan, None)
             if self.eval_text is not None:
                 with console.progress(f"evaluating {target.name}", "windows") as bar, mine("evaluate"):
                     evaluation = evaluate(pruned, tokenizer, self.eval_text, against=dense, progress=bar)
                 dense = evaluation.against
-            also = partial(self._report, name, plan, pruned, chosen, evaluation, mine) if self.report else None
+                result = replace(result, evaluation=evaluation)
+            if key is not None and self.eval_text is not None and chosen.statistics is not None and self.baselines:
+                with console.progress("evaluating baselines", "windows") as bar, mine("baselines"):
+                    baselines = evaluate_baselines(
+                        self.baselines, model, tokenizer, self.eval_text, chosen.statistics, key,
+                        self.search_options, bar,
+                    )  # fmt: skip
+                result = replace(result, baselines=baselines)
+            also = partial(self._report, name, result, pruned, chosen, mine) if self.report else None
             with mine("save"):
                 save(pruned, target, tokenizer=tokenizer, layout=self.layout, force=self.force, also=also)
             made = target / REPORT_FILE
-            results.append(Result(target, plan, evaluation, made if made.exists() else None))
+            results.append(replace(result, report=made if made.exists() else None))
         return results
 
     def _report(
-        self,
-        name: str,
-        plan: Plan,
-        pruned: PreTrainedModel,
-        chosen: Chosen,
-        evaluation: Evaluation | None,
-        watch: Stopwatch,
-        folder: Path,
+        self, name: str, result: Result, pruned: PreTrainedModel, chosen: Chosen, watch: Stopwatch, folder: Path
     ) -> None:
         """Add the report to a checkpoint that is being saved."""
         files = {"calibration": self.data, "statistics": self.statistics_file, "plan": self.plan_file}
         failure = report_into(
-            folder, name, plan, pruned,
-            statistics=chosen.statistics, scores=chosen.scores, evaluation=evaluation, timings=watch.so_far(),
+            folder, name, result.plan, pruned, statistics=chosen.statistics, scores=chosen.scores,
+            evaluation=result.evaluation, baselines=result.baselines, timings=watch.so_far(),
             files={key: str(file) for key, file in (files | {"evaluation": self.eval_text}).items() if file},
         )  # fmt: skip
         if failure is not None:
@@ -230,8 +237,9 @@ def report(results: list[Result], as_json: bool) -> None:
                 "out": str(r.out),
                 **describe_plan(r.plan),
                 "evaluation": r.evaluation and r.evaluation.to_dict(),
+                "baselines": {name: found.to_dict() for name, found in r.baselines},
                 "report": r.report and str(r.report),
-            }  # fmt: skip
+            }
             for r in results
         ]
         console.print_json({"outputs": outputs})
@@ -240,7 +248,9 @@ def report(results: list[Result], as_json: bool) -> None:
     if evaluated:
         first = next(r.evaluation for r in evaluated if r.evaluation is not None)
         rows = [] if first.against is None else [console.evaluation_row("dense", first.against)]
-        rows += [console.evaluation_row(r.out.name, r.evaluation) for r in evaluated if r.evaluation is not None]
+        for r in evaluated:
+            shown = [(r.out.name, r.evaluation), *((f"{name} ({r.plan.ratio:.0%})", e) for name, e in r.baselines)]
+            rows += [console.evaluation_row(name, e) for name, e in shown if e is not None]
         console.print_table(f"windows of {first.seq_len} tokens", console.EVALUATION_HEADER, rows)
     for r in results:
         kept = r.plan.units.total_parameters - r.plan.removed_parameters

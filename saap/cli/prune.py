@@ -69,6 +69,9 @@ def prune(
         Literal["auto", "stock", "template"], typer.Option(help="How the checkpoint is written.")
     ] = "auto",
     dtype: Dtype = None,
+    baselines: Annotated[
+        str, typer.Option(help="Also evaluate what these criteria would have made, such as random,element.")
+    ] = "",
     report: Annotated[bool, typer.Option(help="Write saap_report.html beside the weights.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show sizes and memory, do nothing.")] = False,
     force: Force = False,
@@ -89,7 +92,7 @@ def prune(
         job = pipeline.Job(
             out, pipeline.parse_ratios(ratio, plan), data, plan, statistics, save_statistics, eval_text, criterion,
             options, calibration_options(samples, seq_len, batch_size, checkpoint, backend, seed), layout, force,
-            report=report,
+            report=report, baselines=tuple(name.strip() for name in baselines.split(",") if name.strip()),
         )  # fmt: skip
         job.check_files()
         with console.screen.status("loading the model"):

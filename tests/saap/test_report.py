@@ -184,3 +184,24 @@ def test_an_infinite_speed_or_perplexity_does_not_break_the_page() -> None:
     plan, _ = large(2)
     odd = Evaluation(float("inf"), 9e9, 1, 1, 2, 1, 0, 0, 0, float("inf"), "", "float32", "cpu")
     assert "inf" in Page(render(describe_pruning("m", plan, tiny_model("llama"), evaluation=odd))).check().text
+
+
+def test_baselines_stand_in_the_table_and_leave_the_pruned_model_alone(workplace, tmp_path) -> None:  # noqa: F811
+    text = ("--eval", workplace / "text.txt")
+    options = ("--ratio", "0.1,0.3", *text, "--json")
+    plain = json.loads(prune(workplace, *options, "--out", tmp_path / "a").stdout)["outputs"]
+    with_baselines = prune(workplace, *options, "--out", tmp_path / "b", "--baselines", "random,magnitude")
+    for before, after in zip(plain, json.loads(with_baselines.stdout)["outputs"], strict=True):
+        assert after["evaluation"]["perplexity"] == before["evaluation"]["perplexity"]
+        assert list(after["baselines"]) == ["random", "magnitude"] and not before["baselines"]
+        page = read(tmp_path / "b" / after["out"].rpartition("/")[2] / REPORT_FILE)
+        for found in after["baselines"].values():
+            assert amount(found["perplexity"], "perplexity") in page.sections["Evaluation"]
+            assert found["parameters"] < before["evaluation"]["against"]["parameters"]
+        assert "baselines" in page.sections["Settings"]
+
+
+def test_baselines_that_cannot_be_evaluated_are_refused(workplace, tmp_path) -> None:  # noqa: F811
+    for name, message in (("best", "unknown baseline 'best'; known: saap"), ("random", "--baselines needs --eval")):
+        result = prune(workplace, "--ratio", 0.2, "--out", tmp_path / "o", "--baselines", name, code=2)
+        assert message in result.stderr and not list(tmp_path.iterdir())
