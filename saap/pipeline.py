@@ -249,7 +249,8 @@ def report(results: list[Result], as_json: bool) -> None:
         first = next(r.evaluation for r in evaluated if r.evaluation is not None)
         rows = [] if first.against is None else [console.evaluation_row("dense", first.against)]
         for r in evaluated:
-            shown = [(r.out.name, r.evaluation), *((f"{name} ({r.plan.ratio:.0%})", e) for name, e in r.baselines)]
+            share = f" {r.plan.ratio:.0%}" if len(results) > 1 else ""
+            shown = [(r.out.name, r.evaluation), *((f"{name}{share}", e) for name, e in r.baselines)]
             rows += [console.evaluation_row(name, e) for name, e in shown if e is not None]
         console.print_table(f"windows of {first.seq_len} tokens", console.EVALUATION_HEADER, rows)
     for r in results:
