@@ -9,13 +9,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap import console
-from saap.baselines import check_baselines, evaluate_baselines
 from saap.calibrate import calibrate
 from saap.checkpoint import refuse_existing, save
 from saap.compact import compact
 from saap.criteria import CRITERIA, Scores, score
 from saap.data import check_tokenizer, load_documents
 from saap.evaluate import Evaluation, evaluate
+from saap.evaluate_baselines import check_baselines, evaluate_baselines
 from saap.memory import available_bytes, weight_bytes
 from saap.micro_batches import fit_micro_batches
 from saap.plan import Plan
