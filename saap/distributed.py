@@ -79,9 +79,11 @@ def all_reduce(statistics: Statistics) -> None:
     distributed.all_reduce(total)
     all_sequences, all_tokens = (int(value) for value in total)
     for module in statistics.modules.values():
-        module.signed.copy_(_mean(module.signed, sequences, all_sequences))
+        for means in (module.signed, module.input_activity):
+            means.copy_(_mean(means, sequences, all_sequences))
         _reduce_inputs(module, tokens, all_tokens)
         _reduce_moments(module.salience, all_sequences)
+    statistics.influence.copy_(_mean(statistics.influence, tokens, all_tokens))
     statistics.tokens = all_tokens
 
 

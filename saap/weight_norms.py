@@ -1,4 +1,4 @@
-"""Sizes of the weights that each unit owns, for the magnitude criterion."""
+"""Sizes of the weights that each unit and each input feature owns, for criteria that weigh by them."""
 
 import torch
 from torch import Tensor, nn
@@ -6,10 +6,14 @@ from torch import Tensor, nn
 from saap.units import IN_PARTS, LayerUnits
 
 
-def weight_norms(linear: nn.Linear, sizes: LayerUnits, part: str, panel: int = 256) -> tuple[Tensor, Tensor]:
-    """Sum of |w| and of w^2 per unit, (U,) each in float64, read in row panels; biases included for rows."""
+def by_unit(lines: Tensor, sizes: LayerUnits, part: str) -> Tensor:
+    """(lines,) of rows or columns -> (U,) sums over each unit of a part."""
+    return lines.view(-1, sizes.rows_per_unit(part)).sum(1)
+
+
+def line_norms(linear: nn.Linear, part: str, panel: int = 256) -> tuple[Tensor, Tensor]:
+    """Sum of |w| and of w^2 of each row, its bias included, or of each column of o and down; float64 on the CPU."""
     weight = linear.weight.detach()
-    size = sizes.rows_per_unit(part)
     zero = torch.zeros((), dtype=torch.float64, device=weight.device)
     if part in IN_PARTS:
         l1 = sum((rows.abs().sum(0, dtype=torch.float64) for rows in weight.split(panel)), start=zero)
@@ -20,4 +24,4 @@ def weight_norms(linear: nn.Linear, sizes: LayerUnits, part: str, panel: int = 2
         if linear.bias is not None:
             bias = linear.bias.detach().double()
             l1, square = l1 + bias.abs(), square + bias.square()
-    return l1.view(-1, size).sum(1).cpu(), square.view(-1, size).sum(1).cpu()
+    return l1.cpu(), square.cpu()

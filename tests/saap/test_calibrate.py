@@ -34,6 +34,7 @@ def measure(model, batches, **options) -> Statistics:
 
 def assert_same(left: Statistics, right: Statistics, rtol: float = 1e-9) -> None:
     assert left.sequences == right.sequences and left.tokens == right.tokens
+    torch.testing.assert_close(left.influence, right.influence, rtol=rtol, atol=0)
     for name in MODULES:
         for key, tensor in left.modules[name].tensors().items():
             other = right.modules[name].tensors()[key]
@@ -160,6 +161,20 @@ def test_input_statistics_are_those_of_the_inputs_of_o_and_down() -> None:
         torch.testing.assert_close(module.input_mean, inputs.mean(0), rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(module.input_m2, inputs.var(0) * (len(inputs) - 1), rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(module.input_absmax, inputs.abs().amax(0), rtol=1e-6, atol=1e-9)
+        per_sequence = inputs.view(*ids.shape, -1).abs().mean(1)
+        torch.testing.assert_close(module.input_activity, per_sequence.square().mean(0), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_block_influence_is_the_mean_over_tokens_of_one_minus_the_cosine(family: str) -> None:
+    model, ids = tiny_model(family), token_ids(4)
+    with torch.no_grad():
+        states = model.base_model(input_ids=ids, output_hidden_states=True).hidden_states
+    got = measure(model, [ids[:3], ids[3:]]).influence
+    for layer in range(2):  # the last entry of hidden_states is normed
+        cosine = torch.nn.functional.cosine_similarity(states[layer], states[layer + 1], dim=-1)
+        torch.testing.assert_close(got[layer], 1 - cosine.mean(), rtol=1e-9, atol=0)
+    assert got[2] > 0
 
 
 def test_weight_norms_cover_biases() -> None:
@@ -171,6 +186,15 @@ def test_weight_norms_cover_biases() -> None:
     up = torch.cat([layer.fc1.weight, layer.fc1.bias[:, None]], 1)
     torch.testing.assert_close(got.weight_l1[0, start:stop], up.abs().sum(1).detach())
     torch.testing.assert_close(got.weight_square[1, start:stop], layer.fc2.weight.square().sum(0).detach())
+
+
+def test_column_norms_are_those_of_o_and_down() -> None:
+    model = tiny_model("llama")
+    got = measure(model, [token_ids(1)]).modules
+    for name, path in (("attention", "self_attn.o_proj"), ("mlp", "mlp.down_proj")):
+        weight = torch.cat([layer.get_submodule(path).weight.detach() for layer in model.model.layers], 1)
+        torch.testing.assert_close(got[name].column_l1, weight.abs().sum(0))
+        torch.testing.assert_close(got[name].column_square, weight.square().sum(0))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
