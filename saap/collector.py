@@ -129,9 +129,7 @@ class Collector:
 
         return run
 
-    def _watch(
-        self, index: int, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def _watch(self, index: int, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Note a layer's influence on the hidden states; recomputation does not pass here."""
         if self.batch is not None and torch.is_grad_enabled():
             before = args[0] if args else kwargs["hidden_states"]

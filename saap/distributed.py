@@ -93,7 +93,7 @@ def _reduce_moments(moments: Moments, total: int) -> None:
     vector_gap, element_gap = moments.vector_mean - vector, moments.element_mean - element
     moments.vector_m2 += moments.count * vector_gap.square()
     moments.element_m2 += moments.count * element_gap.square()
-    moments.cross += moments.count * vector_gap * element_gap
+    moments.cross += moments.count * vector_gap[:, None] * element_gap
     for tensor in (moments.vector_m2, moments.element_m2, moments.cross):
         distributed.all_reduce(tensor)
     moments.vector_mean.copy_(vector)

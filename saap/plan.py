@@ -76,6 +76,7 @@ class Plan:
                 "dense": self.units.total_parameters,
                 "pruned": kept,
                 "blocks_dense": self.units.block_parameters,
+                "head": self.units.head_parameters,
                 "removed_share": round(self.ratio, 6),
                 "removed_share_of_blocks": round(self.block_ratio, 6),
             },
@@ -106,6 +107,7 @@ class Plan:
                 total_parameters=body["parameters"]["dense"],
                 block_parameters=body["parameters"]["blocks_dense"],
                 fingerprint=body["fingerprint"],
+                head_parameters=body["parameters"]["head"],
             )
             layers = tuple(
                 LayerPlan(

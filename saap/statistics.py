@@ -27,8 +27,8 @@ class ModuleStatistics:
     With M coupled matrices, P = M + 2 rows (the matrices, then "joint" and "sum"), U units and
     C input features of o or down:
 
-    - ``salience``: Moments of (3, P, U) over sequences: orders first, second, mixed of the
-      vector-wise (IV) and element-wise (IE) importance, method section 2a.
+    - ``salience``: Moments of (3, P, U) over sequences: orders first, second, mixed of the vector-wise (IV) and
+      element-wise (IE) importance, method section 2a; the cross moment of any two orders is (3, 3, P, U).
     - ``signed``: (M, U) mean over sequences of a[u, n], the signed first-order sum.
     - ``weight_l1``, ``weight_square``: (M, U) sum of |w| and of w^2 over the unit, biases included.
     - ``coupled``: (3, M, U) sum over the unit of |mean_n s|, |mean_n s^2| and |mean_n s - mean_n s^2 / 2|, or

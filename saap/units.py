@@ -47,16 +47,25 @@ class LayerUnits:
         """Number of units of ``module`` ("attention" or "mlp") in this layer."""
         return self.kv_heads if module == "attention" else self.intermediate_size
 
+    def unit_weights(self, module: str) -> int:
+        """As ``unit_parameters``, without biases: also the multiply-accumulates of one token."""
+        rows, columns = self._unit_lines(module)
+        return (sum(rows.values()) + columns) * self.hidden_size
+
     def unit_parameters(self, module: str) -> int:
         """Parameters that removing one unit of ``module`` removes."""
+        rows, _ = self._unit_lines(module)
+        return self.unit_weights(module) + sum(size for part, size in rows.items() if part in self.biases)
+
+    def _unit_lines(self, module: str) -> tuple[dict[str, int], int]:
+        """Rows of each part and columns of the last that one unit owns."""
         if module == "attention":
             rows = {"q": self.group * self.head_dim, "k": self.head_dim, "v": self.head_dim}
             columns = self.group * self.head_dim
         else:
             rows = {"gate": 1, "up": 1} if self.gated else {"up": 1}
             columns = 1
-        weights = (sum(rows.values()) + columns) * self.hidden_size
-        return weights + sum(size for part, size in rows.items() if part in self.biases)
+        return rows, columns
 
     def parameters(self, module: str) -> int:
         """Parameters of all units of ``module``: what pruning could remove at most."""
@@ -73,8 +82,9 @@ class LayerUnits:
 class Units:
     """All units of a model, by layer, plus what identifies the model.
 
-    ``total_parameters`` counts tied tensors once and embeddings too; ``block_parameters`` counts
-    the decoder layers only. Units are addressed as (layer, module, index), zero-based.
+    ``total_parameters`` counts tied tensors once and embeddings too; ``block_parameters`` counts the
+    decoder layers only, ``head_parameters`` the output head, tied or not. Units are addressed as
+    (layer, module, index), zero-based.
     """
 
     family: str
@@ -82,6 +92,7 @@ class Units:
     total_parameters: int
     block_parameters: int
     fingerprint: str
+    head_parameters: int = 0
 
     def count(self, module: str) -> int:
         return sum(layer.count(module) for layer in self.layers)
@@ -145,6 +156,7 @@ def discover(model: PreTrainedModel, family: str | None = None) -> Units:
         total_parameters=sum(p.numel() for p in model.parameters()),
         block_parameters=sum(p.numel() for p in layers.parameters()),
         fingerprint=fingerprint(model, row),
+        head_parameters=sum(p.numel() for p in model.get_output_embeddings().parameters()),
     )
 
 

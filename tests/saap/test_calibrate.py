@@ -53,12 +53,14 @@ def test_every_salience_equals_brute_force_autograd(family: str) -> None:
         module, offsets = got.modules[name], units.offsets(name)
         row, where = module.rows.index(part), slice(offsets[layer], offsets[layer + 1])
         a = sums["signed"]
-        vector = {"first": a.abs(), "second": a.square(), "mixed": (a - a.square() / 2).abs()}
+        vector = torch.stack([a.abs(), a.square(), (a - a.square() / 2).abs()], 1)  # [S, 3, U]
+        element = torch.stack([sums[order] for order in ORDERS], 1)
         torch.testing.assert_close(module.signed[row, where], a.mean(0), **TIGHT)
-        for index, order in enumerate(ORDERS):
-            want = Moments.of(vector[order], sums[order])
-            for field, tensor in module.salience.tensors().items():
-                torch.testing.assert_close(tensor[index, row, where], want.tensors()[field], **TIGHT)
+        want = Moments.of(vector, element).tensors()
+        for field, tensor in module.salience.tensors().items():
+            torch.testing.assert_close(tensor[..., row, where], want[field], **TIGHT)
+        covariance = torch.einsum("sau,sbu->abu", vector - vector.mean(0), element - element.mean(0))
+        torch.testing.assert_close(module.salience.cross[..., row, where], covariance, **TIGHT)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
