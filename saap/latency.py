@@ -49,8 +49,8 @@ class LatencyTable:
         for module in MODULES:
             points = getattr(self, module)
             sizes = [size for size, _ in points]
-            if len(points) < 2 or sizes[0] < 1 or any(b <= a for a, b in pairwise(sizes)):
-                raise ValueError(f"latency table: expected at least two ascending sizes of {module}, got {sizes}")
+            if not points or sizes[0] < 1 or any(b <= a for a, b in pairwise(sizes)):
+                raise ValueError(f"latency table: expected ascending sizes of {module}, got {sizes}")
             if any(not seconds > 0 for _, seconds in points) or not self.rest >= 0:
                 raise ValueError(f"latency table: expected positive seconds for {module} and rest, got {points}")
 
@@ -60,7 +60,7 @@ class LatencyTable:
         Raises ValueError for sizes beyond the largest that was measured.
         """
         points = torch.tensor([(0.0, 0.0), *getattr(self, module)], dtype=torch.float64)
-        at, times = points.unbind(1)
+        at, times = points.T.contiguous()
         sizes = sizes.double()
         if len(sizes) and sizes.max() > at[-1]:
             raise ValueError(
