@@ -92,8 +92,10 @@ def adopt(model: PreTrainedModel, family: Family, config: PreTrainedConfig) -> N
             module.config = config  # type: ignore[assignment]
     if template and not type(model).__name__.startswith("Saap"):
         model.__class__ = modeling_saap.model_class(f"Saap{type(model).__name__}")  # same layout, more methods
-    for layer, sizes in zip(layers_of(model, family), _sizes(config, family), strict=True):
-        modeling_saap.set_head_counts(layer.get_submodule(family.attention), *sizes)
+    for index, (layer, sizes) in enumerate(zip(layers_of(model, family), _sizes(config, family), strict=True)):
+        attention = layer.get_submodule(family.attention)
+        attention.config = modeling_saap.LayerConfig(config, index) if template else config
+        modeling_saap.set_head_counts(attention, *sizes)
 
 
 def _build(kind: type[PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:

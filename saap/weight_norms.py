@@ -1,14 +1,15 @@
 """Sizes of the weights that each unit owns, for the magnitude criterion."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from saap.families import Projection
 from saap.units import IN_PARTS, LayerUnits
 
 
-def weight_norms(linear: nn.Linear, sizes: LayerUnits, part: str, panel: int = 256) -> tuple[Tensor, Tensor]:
+def weight_norms(projection: Projection, sizes: LayerUnits, part: str, panel: int = 256) -> tuple[Tensor, Tensor]:
     """Sum of |w| and of w^2 per unit, (U,) each in float64, read in row panels; biases included for rows."""
-    weight = linear.weight.detach()
+    weight = projection.weight.detach()
     size = sizes.rows_per_unit(part)
     zero = torch.zeros((), dtype=torch.float64, device=weight.device)
     if part in IN_PARTS:
@@ -17,7 +18,7 @@ def weight_norms(linear: nn.Linear, sizes: LayerUnits, part: str, panel: int = 2
     else:
         l1 = torch.cat([rows.abs().sum(1, dtype=torch.float64) for rows in weight.split(panel)])
         square = torch.cat([rows.double().square().sum(1) for rows in weight.split(panel)])
-        if linear.bias is not None:
-            bias = linear.bias.detach().double()
+        if projection.bias is not None:
+            bias = projection.bias.detach().double()
             l1, square = l1 + bias.abs(), square + bias.square()
     return l1.view(-1, size).sum(1).cpu(), square.view(-1, size).sum(1).cpu()

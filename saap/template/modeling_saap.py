@@ -2,7 +2,8 @@
 
 ``SaapLlamaForCausalLM`` and ``SaapLlamaModel`` build the stock Llama and give every layer's projections the
 sizes that ``config.per_layer_config`` states. ``config.saap_layout`` holds the paths of the layers and
-projections. Classes are made on request from the name, so one file serves every family.
+projections; parts with one path are rows of one Linear. Classes are made on request from the name, so one
+file serves every family.
 """
 
 import transformers
@@ -22,6 +23,23 @@ def set_head_counts(attention, query_heads, kv_heads):
                 setattr(attention, name, count)
 
 
+class LayerConfig:
+    """The model's configuration as one layer's attention reads it: always the current one, with the layer's sizes.
+
+    A copy would keep the attention implementation it was made with: masks made for another one go wrong silently.
+    """
+
+    def __init__(self, config, index):
+        own, layout = config.per_layer_config[index], config.saap_layout
+        names = (layout[name] for name in ("query_heads", "kv_heads", "intermediate_size"))
+        vars(self).update({name: getattr(own, name) for name in names if name}, shared=config)
+
+    def __getattr__(self, name):
+        if name.startswith("__"):  # copy and pickle ask before there is anything shared
+            raise AttributeError(name)
+        return getattr(self.shared, name)
+
+
 class _Resized:
     """Builds the base class with its global sizes, then resizes each layer."""
 
@@ -36,7 +54,7 @@ class _Resized:
         prefix = f"{self.base_model_prefix}."
         path = layout["layers"] if hasattr(self, self.base_model_prefix) else layout["layers"].removeprefix(prefix)
         for index, layer in enumerate(self.get_submodule(path)):
-            self._resize(layer, config.per_layer_config[index], layout)
+            self._resize(layer, LayerConfig(config, index), layout)
 
     def _resize(self, layer, config, layout):
         query_heads = getattr(config, layout["query_heads"])
@@ -45,19 +63,23 @@ class _Resized:
         head_dim = config.head_dim
         extents = {"q": query_heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim, "up": width}
         extents |= {"gate": width, "o": extents["q"], "down": width}
-        for part, path in layout["projections"].items():
+        paths = layout["projections"]
+        for path in dict.fromkeys(paths.values()):
             old = layer.get_submodule(path)
-            inside = part in ("o", "down")
-            if (old.in_features if inside else old.out_features) == extents[part]:
+            inside = path in (paths["o"], paths["down"])
+            extent = sum(extents[part] for part in paths if paths[part] == path)
+            if (old.in_features if inside else old.out_features) == extent:
                 continue
-            shape = (extents[part], old.out_features) if inside else (old.in_features, extents[part])
+            shape = (extent, old.out_features) if inside else (old.in_features, extent)
             new = nn.Linear(
                 *shape, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
             ).requires_grad_(old.weight.requires_grad)
             if not new.weight.is_meta:
                 self._init_weights(new)
             layer.set_submodule(path, new)
-        set_head_counts(layer.get_submodule(layout["attention"]), query_heads, kv_heads)
+        attention = layer.get_submodule(layout["attention"])
+        attention.config = config
+        set_head_counts(attention, query_heads, kv_heads)
 
 
 def model_class(name):

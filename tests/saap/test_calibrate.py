@@ -14,9 +14,8 @@ from saap.moments import Moments
 from saap.statistics import ORDERS, Statistics
 from saap.units import MODULES, discover, unit_masks
 from tests.saap.oracle import salience_per_sequence, sequence_loss
-from tests.saap.tiny import tiny_model
+from tests.saap.tiny import FAMILIES, tiny_model
 
-FAMILIES = ("llama", "mistral", "qwen2", "opt")
 # float64 end to end except the fp32 weights' statistics contract: rounding only
 TIGHT = {"rtol": 1e-8, "atol": 1e-14}
 

@@ -15,9 +15,8 @@ from saap.compact import compact
 from saap.families import layers_of
 from saap.plan import LayerPlan, Plan
 from saap.units import discover, unit_masks
-from tests.saap.tiny import tiny_model, tiny_tokenizer
+from tests.saap.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
-FAMILIES = ("llama", "mistral", "qwen2", "opt")
 NON_UNIFORM = (((0, 2, 3), range(0, 90, 2)), ((1,), range(5, 38)), ((0, 1, 2, 3), range(97)))
 UNIFORM = (((0, 2), range(0, 64)), ((1, 3), range(33, 97)), ((0, 3), [*range(32), *range(40, 72)]))
 
