@@ -23,21 +23,32 @@ def set_head_counts(attention, query_heads, kv_heads):
                 setattr(attention, name, count)
 
 
-class LayerConfig:
-    """The model's configuration as one layer's attention reads it: always the current one, with the layer's sizes.
+class SizedConfig:
+    """A configuration as the modules of one layer read it, or (index None) those outside the layers: with one size.
 
-    A copy would keep the attention implementation it was made with: masks made for another one go wrong silently.
+    Everything else is read from the model's own one. A copy would keep the attention implementation that it was
+    made with, and masks made for another one go wrong silently.
     """
 
-    def __init__(self, config, index):
-        own, layout = config.per_layer_config[index], config.saap_layout
-        names = (layout[name] for name in ("query_heads", "kv_heads", "intermediate_size"))
-        vars(self).update({name: getattr(own, name) for name in names if name}, shared=config)
+    def __init__(self, config, index=None):
+        layout = config.saap_layout
+        names = [layout[name] for name in ("query_heads", "kv_heads", "intermediate_size") if layout[name]]
+        sizes = vars(config if index is None else config.per_layer_config[index])
+        vars(self).update({name: sizes[name] for name in names}, model_config=config)
 
     def __getattr__(self, name):
-        if name.startswith("__"):  # copy and pickle ask before there is anything shared
+        if name.startswith("__"):  # copy and pickle ask before there is a model_config
             raise AttributeError(name)
-        return getattr(self.shared, name)
+        return getattr(self.model_config, name)
+
+
+def share_config(model, layers, config):
+    """Give every module below the models the configuration with the sizes that it may read."""
+    owners = [(model, SizedConfig(config))] + [(layer, SizedConfig(config, i)) for i, layer in enumerate(layers)]
+    for owner, sized in owners:
+        for module in owner.modules():
+            if "config" in vars(module) and not isinstance(module, transformers.PreTrainedModel):
+                module.config = sized
 
 
 class _Resized:
@@ -53,8 +64,10 @@ class _Resized:
         layout = config.saap_layout
         prefix = f"{self.base_model_prefix}."
         path = layout["layers"] if hasattr(self, self.base_model_prefix) else layout["layers"].removeprefix(prefix)
-        for index, layer in enumerate(self.get_submodule(path)):
-            self._resize(layer, LayerConfig(config, index), layout)
+        layers = self.get_submodule(path)
+        share_config(self, layers, config)
+        for index, layer in enumerate(layers):
+            self._resize(layer, SizedConfig(config, index), layout)
 
     def _resize(self, layer, config, layout):
         query_heads = getattr(config, layout["query_heads"])
@@ -77,9 +90,7 @@ class _Resized:
             if not new.weight.is_meta:
                 self._init_weights(new)
             layer.set_submodule(path, new)
-        attention = layer.get_submodule(layout["attention"])
-        attention.config = config
-        set_head_counts(attention, query_heads, kv_heads)
+        set_head_counts(layer.get_submodule(layout["attention"]), query_heads, kv_heads)
 
 
 def model_class(name):

@@ -22,7 +22,7 @@ FAMILIES = {
         Gemma2Config,
         {
             "attention_bias": True, "head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 4,
-            "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0,
+            "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0, "attn_implementation": "eager",
         },
     ),
     "phi3": (
