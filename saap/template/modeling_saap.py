@@ -47,7 +47,8 @@ def share_config(model, layers, config):
     owners = [(model, SizedConfig(config))] + [(layer, SizedConfig(config, i)) for i, layer in enumerate(layers)]
     for owner, sized in owners:
         for module in owner.modules():
-            if "config" in vars(module) and not isinstance(module, transformers.PreTrainedModel):
+            own = vars(module).get("config")
+            if getattr(own, "model_config", own) is config and not isinstance(module, transformers.PreTrainedModel):
                 module.config = sized
 
 
