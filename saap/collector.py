@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 import saap_kernels
-from saap.families import Family, family_of, layers_of, linears_of
+from saap.families import Family, Projection, family_of, layers_of, projections_by_linear, projections_of
 from saap.record import BatchRecord, LayerRecord, RecordedLinear
 from saap.statistics import Statistics, merge_feature_moments
 from saap.undo import Undo
@@ -84,8 +84,8 @@ class Collector:
         handle = model.get_input_embeddings().register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_())
         self._undo.add(handle.remove)
         for index, layer in enumerate(layers_of(model, self.family)):
-            for part, linear in linears_of(layer, self.family).items():
-                self._undo.patch_forward(linear, self._recorded_forward(index, part, linear))
+            for linear, parts in projections_by_linear(layer, self.family).items():
+                self._undo.patch_forward(linear, self._recorded_forward(index, linear, parts))
             if self._read_weights:
                 self.measure_weights(index)
             self._undo.add(layer.register_forward_hook(partial(self._watch, index), with_kwargs=True).remove)
@@ -101,16 +101,23 @@ class Collector:
         self._undo.restore()
         self.batch = None
 
-    def _recorded_forward(self, index: int, part: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def _recorded_forward(
+        self, index: int, linear: nn.Linear, parts: dict[str, Projection]
+    ) -> Callable[[Tensor], Tensor]:
+        keep_output = not any(part in IN_PARTS for part in parts)
+
         def forward(x: Tensor) -> Tensor:
             batch = self.batch  # of this forward: by the time of its backward another may have begun
 
             def sink(x: Tensor, y: Tensor | None, dx: Tensor, dy: Tensor) -> None:
                 if batch is None:
                     raise RuntimeError("call begin(spans) before the forward pass of a micro-batch")
-                self._record(batch, index, part, linear, x, y, dx, dy)
+                x, dy = x.contiguous(), dy.contiguous()
+                for part, projection in parts.items():
+                    of_part = None if y is None else y[:, projection.rows]
+                    self._record(batch, index, part, projection, x, of_part, dx, dy[:, projection.rows])
 
-            return RecordedLinear.apply(x, linear, sink, part not in IN_PARTS)
+            return RecordedLinear.apply(x, linear, sink, keep_output)
 
         return forward
 
@@ -154,21 +161,21 @@ class Collector:
         self.batch = None
 
     def _record(
-        self, batch: BatchRecord, index: int, part: str, linear: nn.Linear,
+        self, batch: BatchRecord, index: int, part: str, projection: Projection,
         x: Tensor, y: Tensor | None, dx: Tensor, dy: Tensor,
     ) -> None:  # fmt: skip
         sizes = self.statistics.units.layers[index]
         module = module_of(part)
         size = sizes.rows_per_unit(part)
-        x, dy, spans = x.contiguous(), dy.contiguous(), batch.spans
+        spans, weight = batch.spans, projection.weight
         inside = part in IN_PARTS
         with saap_kernels.use_backend(self.backend):
             options: dict[str, Any] = {
                 "axis": "in" if inside else "out", "unit_size": size,
-                "bias": None if inside else linear.bias, "scale": self.scale,
+                "bias": None if inside else projection.bias, "scale": self.scale,
             }  # fmt: skip
-            element = saap_kernels.weight_salience(x, dy, linear.weight, spans, want=ELEMENT_WANT, **options)
-            coupled = saap_kernels.coupled_salience(x, dy, linear.weight, spans, **options) if self.coupled else None
+            element = saap_kernels.weight_salience(x, dy, weight, spans, want=ELEMENT_WANT, **options)
+            coupled = saap_kernels.coupled_salience(x, dy, weight, spans, **options) if self.coupled else None
             if inside:
                 shift = self._feature_slice(index, module, "input_mean").to(x.device, torch.float32)
                 vector, inputs = saap_kernels.activation_salience_statistics(
@@ -240,12 +247,12 @@ class Collector:
     def measure_weights(self, index: int) -> None:
         """Read the norms of one layer's weights."""
         sizes = self.statistics.units.layers[index]
-        for part, linear in linears_of(layers_of(self.model, self.family)[index], self.family).items():
+        for part, projection in projections_of(layers_of(self.model, self.family)[index], self.family).items():
             name = module_of(part)
             module = self.statistics.modules[name]
             row, start = module.matrices.index(part), self._offsets[name][index]
             units = slice(start, start + sizes.count(name))
-            for kind, lines in zip(("l1", "square"), line_norms(linear, part), strict=True):
+            for kind, lines in zip(("l1", "square"), line_norms(projection, part), strict=True):
                 getattr(module, f"weight_{kind}")[row, units] = by_unit(lines, sizes, part)
                 if part in IN_PARTS:
                     self._feature_slice(index, name, f"column_{kind}").copy_(lines)

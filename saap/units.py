@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from saap.families import Family, family_of, layers_of, linears_of
+from saap.families import Family, family_of, layers_of, linears_of, projections_of
 from saap.refuse import refuse_unsupported
 
 MODULES = ("attention", "mlp")
@@ -161,39 +161,39 @@ def discover(model: PreTrainedModel, family: str | None = None) -> Units:
 
 
 def _describe(layer: nn.Module, family: Family, index: int) -> LayerUnits:
-    linears = linears_of(layer, family)
+    projections = projections_of(layer, family)
     head_dim = int(layer.get_submodule(family.attention).head_dim)  # type: ignore[arg-type]
     for part in ("q", "k", "v"):
-        if linears[part].out_features % head_dim:
+        if projections[part].out_features % head_dim:
             raise ValueError(
                 f"layer {index}: expected rows of {family.path(part)} to be a multiple of head_dim {head_dim}, "
-                f"got {linears[part].out_features}"
+                f"got {projections[part].out_features}"
             )
-    query_heads, kv_heads = (linears[part].out_features // head_dim for part in ("q", "k"))
+    query_heads, kv_heads = (projections[part].out_features // head_dim for part in ("q", "k"))
     if (kv_heads == 0) != (query_heads == 0) or (kv_heads and query_heads % kv_heads):
         raise ValueError(
             f"layer {index}: expected query heads to be a multiple of KV heads, got {query_heads} and {kv_heads}"
         )
     return LayerUnits(
-        hidden_size=linears["q"].in_features,
+        hidden_size=projections["q"].in_features,
         query_heads=query_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        intermediate_size=linears["down"].in_features,
+        intermediate_size=projections["down"].in_features,
         gated=family.gate is not None,
-        biases=tuple(part for part, linear in linears.items() if linear.bias is not None),
+        biases=tuple(part for part, projection in projections.items() if projection.bias is not None),
     )
 
 
 def fingerprint(model: PreTrainedModel, family: Family) -> str:
-    """A short hash of every prunable weight's shape and of 64 of its values, rounded to bfloat16.
+    """A short hash of every part's shape and of 64 of its values, rounded to bfloat16.
 
     The rounding makes one checkpoint loaded in bf16 and in fp32 the same model.
     """
     digest = hashlib.sha256(family.name.encode())
     for layer in layers_of(model, family):
-        for part, linear in linears_of(layer, family).items():
-            weight = linear.weight.detach()
+        for part, projection in projections_of(layer, family).items():
+            weight = projection.weight.detach()
             digest.update(f"{part}{tuple(weight.shape)}".encode())
             if not weight.is_meta and weight.numel():
                 flat = torch.linspace(0, weight.numel() - 1, 64, dtype=torch.float64).long()

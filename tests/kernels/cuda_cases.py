@@ -114,7 +114,7 @@ def run(op: str, x, dy, *others, axis: str = "out", unit_size: int = 1) -> torch
     return getattr(cuda, op)(*on_device(x, dy, others[0]), others[1], axis, unit_size, None, want, 1.0).cpu()
 
 
-@pytest.mark.parametrize("edge", [edges.one_token, edges.zero_gradient, edges.offsets_past_2_to_the_31])
+@pytest.mark.parametrize("edge", edges.EDGES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_edges(edge, dtype) -> None:
     edge(run, dtype, DEVICE)

@@ -143,7 +143,7 @@ def run(op: str, *arguments, **options) -> torch.Tensor:
         return getattr(K, op)(*on_device(*arguments[:-1]), arguments[-1], **options).cpu()
 
 
-@pytest.mark.parametrize("edge", [edges.one_token, edges.zero_gradient, edges.offsets_past_2_to_the_31])
+@pytest.mark.parametrize("edge", edges.EDGES)
 def test_edges(edge) -> None:
     edge(run, torch.float16, DEVICE)
 
