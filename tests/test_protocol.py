@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import datasets
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import protocol_7b, protocol_cells
+from benchmarks import zero_shot as zero_shot_module
 from benchmarks.common import SMALL_MODEL
 from benchmarks.protocol_table import QUOTED, numbers_of, read_results, write_table
 from benchmarks.protocol_texts import HubText, joined
@@ -310,3 +312,14 @@ def test_hub_rows_become_documents(tmp_path) -> None:
     assert HubText("parquet", "", "train", "sentence", options, rows=4, per_document=3).load() == ["one  two", "three"]
     with pytest.raises(ValueError, match="cannot load parquet: .*give a local file instead"):
         HubText("parquet", "", options={"data_files": str(tmp_path / "missing.parquet")}).load()
+
+
+def test_without_lm_eval_the_command_says_how_to_get_it(tmp_path, no_cell, monkeypatch, capsys) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(zero_shot_module, "version", missing)
+    write_texts(tmp_path)
+    with pytest.raises(SystemExit):
+        protocol_7b.main(command(tmp_path))
+    assert 'the zero-shot tasks need lm_eval: pip install "saap[eval]"' in capsys.readouterr().err
