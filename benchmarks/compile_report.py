@@ -142,7 +142,7 @@ def activation_report(capability: int, dtype: torch.dtype) -> Report:
     kind = NAMES[dtype]
     signature = {"x": f"*{kind}", "dx": f"*{kind}", "shift": "*fp32", "blocks": "*i32", "partial": "*fp32"}
     signature |= dict.fromkeys(("K", "x_pitch", "dx_pitch", "plane"), "i32")
-    constants = {"SALIENCE": 0, "SUM": 1, "SQUARE": 2, "ABSMAX": 3, "SHIFTED": True}
+    constants = {"SALIENCE": 0, "SUM": 1, "SQUARE": 2, "ABSMAX": 3, "ABS": 4, "SHIFTED": True}
     constants |= {"BLOCK_K": triton_activations.BLOCK_K, "BLOCK_T": triton_activations.BLOCK_T}
     return compile_kernel(
         f"activation_salience_statistics {kind}", triton_activations.activation_sums_kernel, capability, signature,

@@ -1,4 +1,4 @@
-// Sums over tokens of x * dx, x - shift, (x - shift)^2 and max |x|; one read of each operand.
+// Sums over tokens of x * dx, x - shift, (x - shift)^2, |x|, and max |x|; one read of each operand.
 #include "kernels.h"
 
 #include <algorithm>
@@ -12,7 +12,7 @@ constexpr int64_t kColumns = 512;  // of one task: its fp32 accumulators stay in
 constexpr int64_t kRows = 64;      // summed in fp32 before the sums move to fp64
 
 struct Block {
-  float salience[kColumns], sum[kColumns], square[kColumns], absmax[kColumns];
+  float salience[kColumns], sum[kColumns], square[kColumns], absmax[kColumns], absolute[kColumns];
 };
 
 // One row into the accumulators: element-wise, so that the compiler vectorises it without reordering sums.
@@ -26,6 +26,7 @@ __attribute__((always_inline)) inline void add_row(Block& block, const float* x,
       block.sum[c] += moved;
       block.square[c] += moved * moved;
       block.absmax[c] = size > block.absmax[c] ? size : block.absmax[c];
+      block.absolute[c] += size;
     }
   }
 }
@@ -60,7 +61,7 @@ template <bool kSalience, bool kStatistics>
 void run_task(const ActivationSums& a, int64_t sequence, int64_t column, bool wide) {
   const int64_t columns = std::min(kColumns, a.features - column);
   const int64_t start = a.spans[2 * sequence], stop = a.spans[2 * sequence + 1];
-  std::vector<double> salience(columns), sum(columns), square(columns);
+  std::vector<double> salience(columns), sum(columns), square(columns), absolute(columns);
   std::vector<float> shift(columns, 0.0f);
   if (a.shift) std::copy(a.shift + column, a.shift + column + columns, shift.begin());
   Block block;
@@ -69,6 +70,7 @@ void run_task(const ActivationSums& a, int64_t sequence, int64_t column, bool wi
     std::fill(block.salience, block.salience + columns, 0.0f);
     std::fill(block.sum, block.sum + columns, 0.0f);
     std::fill(block.square, block.square + columns, 0.0f);
+    std::fill(block.absolute, block.absolute + columns, 0.0f);
     const int64_t last = std::min(stop, row + kRows);
     (wide ? add_rows_wide<kSalience, kStatistics> : add_rows_plain<kSalience, kStatistics>)(
         block, a, shift.data(), row, last, column, columns);
@@ -76,6 +78,7 @@ void run_task(const ActivationSums& a, int64_t sequence, int64_t column, bool wi
       salience[c] += block.salience[c];
       sum[c] += block.sum[c];
       square[c] += block.square[c];
+      absolute[c] += block.absolute[c];
     }
   }
   const int64_t at = sequence * a.features + column;
@@ -87,6 +90,7 @@ void run_task(const ActivationSums& a, int64_t sequence, int64_t column, bool wi
     a.statistics[at + c] = static_cast<float>(sum[c]);
     a.statistics[plane + at + c] = static_cast<float>(square[c]);
     a.statistics[2 * plane + at + c] = block.absmax[c];
+    a.statistics[3 * plane + at + c] = static_cast<float>(absolute[c]);
   }
 }
 

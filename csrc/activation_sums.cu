@@ -1,4 +1,6 @@
-// Sums over tokens of x * dx, x, x^2 and max |x|: every operand is read once, in two ordered stages, no atomics.
+// Sums over tokens of x * dx, x, x^2, |x| and max |x|: every operand is read once, in two ordered stages, no atomics.
+#include <algorithm>
+
 #include "device.cuh"
 #include "kernels.h"
 
@@ -6,7 +8,7 @@ namespace saap {
 namespace {
 
 constexpr int kThreads = 128, kAcross = 16, kDown = kThreads / kAcross;  // threads over features and over rows
-constexpr int kSums = 4;                                                // in the order of slots
+constexpr int kSums = 5, kLargest = 3;                                  // in the order of slots
 
 template <typename T>
 constexpr int kVector = 16 / int(sizeof(T));
@@ -52,7 +54,8 @@ __global__ void __launch_bounds__(kThreads) sum_block(ActivationPlanes a) {
           const float moved = values[i] - about[i];
           sums[1][i] += moved;
           sums[2][i] = fmaf(moved, moved, sums[2][i]);
-          sums[3][i] = fmaxf(sums[3][i], fabsf(values[i]));
+          sums[kLargest][i] = fmaxf(sums[kLargest][i], fabsf(values[i]));
+          sums[4][i] += fabsf(values[i]);
         }
       }
     }
@@ -70,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) sum_block(ActivationPlanes a) {
 #pragma unroll
       for (int row = 0; row < kDown; ++row) {
         const float term = rows[row * kAcross * V + column];
-        sum = which == 3 ? fmaxf(sum, term) : sum + term;
+        sum = which == kLargest ? fmaxf(sum, term) : sum + term;
       }
       a.partial[(a.slots[which] * a.block_count + block) * a.features + start + column] = sum;
     }
@@ -86,10 +89,12 @@ __global__ void __launch_bounds__(kThreads) sum_sequence(ActivationPlanes a) {
   float sum = 0.0f;
   for (int64_t block = a.starts[sequence]; block < a.starts[sequence + 1]; ++block) {
     const float term = a.partial[(plane * a.block_count + block) * a.features + feature];
-    sum = plane == a.slots[3] ? fmaxf(sum, term) : sum + term;
+    sum = plane == a.slots[kLargest] ? fmaxf(sum, term) : sum + term;
   }
   a.result[row * a.features + feature] = sum;
 }
+
+inline bool is_wanted(int64_t slot) { return slot >= 0; }
 
 // Whether every row starts on 16 bytes and holds whole vectors.
 template <typename T>
@@ -99,7 +104,7 @@ bool vectors(const void* pointer, int64_t pitch, int64_t features) {
 
 template <typename T, int V>
 int run(const ActivationPlanes& a) {
-  const bool salience = a.slots[0] >= 0, statistics = a.slots[1] >= 0 || a.slots[2] >= 0 || a.slots[3] >= 0;
+  const bool salience = a.slots[0] >= 0, statistics = std::any_of(a.slots + 1, a.slots + kSums, is_wanted);
   const auto kernel = !salience    ? sum_block<T, V, false, true>
                       : statistics ? sum_block<T, V, true, true>
                                    : sum_block<T, V, true, false>;

@@ -75,7 +75,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef SAAP_CUDA
   m.def("activation_planes", [](uintptr_t x, int64_t x_pitch, uintptr_t dx, int64_t dx_pitch, uintptr_t shift,
                                 uintptr_t blocks, int64_t block_count, uintptr_t starts, int64_t sequences,
-                                int64_t features, std::array<int64_t, 4> slots, int64_t planes, int dtype,
+                                int64_t features, std::array<int64_t, 5> slots, int64_t planes, int dtype,
                                 uintptr_t partial, uintptr_t result, uintptr_t stream) {
     saap::ActivationPlanes a{address<const void>(x), x_pitch, address<const void>(dx), dx_pitch,
                              address<const float>(shift), address<const int32_t>(blocks), block_count,

@@ -27,7 +27,7 @@ struct ActivationSums {
   int64_t features;
   const float* shift;  // (features,) or null for zero
   float* salience;     // (sequences, features) sums of x * dx, or null
-  float* statistics;   // (3, sequences, features) sums of x - shift and its square, max |x|; or null
+  float* statistics;   // (4, sequences, features) sums of x - shift and its square, max |x|, sum of |x|; or null
   int threads;
 };
 
@@ -48,7 +48,7 @@ struct ActivationPlanes {
   const int32_t* starts;  // (sequences + 1,) the first block of each
   int64_t sequences;
   int64_t features;
-  int64_t slots[4];  // planes of x * dx, x - shift, its square and max |x|, or -1
+  int64_t slots[5];  // planes of x * dx, x - shift, its square, max |x| and |x|, or -1
   int64_t planes;
   Dtype dtype;
   float* partial;  // (planes, blocks, features)

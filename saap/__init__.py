@@ -7,13 +7,14 @@ from saap.calibrate import calibrate
 from saap.checkpoint import load, save
 from saap.collect import collect
 from saap.compact import compact
-from saap.criteria import CRITERIA, Scores, score
+from saap.criteria import CRITERIA, score
 from saap.evaluate import Evaluation, evaluate
 from saap.families import Family, known_families, register_family
 from saap.layout import register_template_classes
 from saap.plan import LayerPlan, Plan
 from saap.prune import PruneResult, prune
 from saap.report import report
+from saap.scores import Scores
 from saap.search import search
 from saap.statistics import Statistics
 from saap.stream import Streaming

@@ -72,8 +72,8 @@ def refuse_existing(path: Path, force: bool) -> None:
 def load(path: str | os.PathLike[str], dtype: torch.dtype | str | None = None) -> PreTrainedModel:
     """Load a dense or pruned causal language model, in the dtype its configuration states unless given.
 
-    ``path`` is a directory or a hub name. Raises ValueError naming a damaged safetensors file and
-    FileNotFoundError for a directory without a configuration.
+    ``path`` is a directory or a hub name. A model with an attention softcap gets eager attention. Raises
+    ValueError naming a damaged safetensors file and FileNotFoundError for a directory without a configuration.
     """
     folder = Path(path)
     if folder.exists():
@@ -84,6 +84,8 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype | str | None = None) -
     elif folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith("."):
         raise FileNotFoundError(f"no such model directory: {path}")
     model = AutoModelForCausalLM.from_pretrained(str(path), **({} if dtype is None else {"dtype": dtype}))
+    if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")  # sdpa leaves the softcap out; transformers 5.17 takes it all the same
     return model.eval()
 
 

@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 import saap_kernels
-from saap.families import Family, family_of, layers_of, linears_of
+from saap.families import Family, Projection, family_of, layers_of, projections_by_linear, projections_of
 from saap.record import BatchRecord, LayerRecord, RecordedLinear
 from saap.statistics import Statistics, merge_feature_moments
 from saap.undo import Undo
 from saap.units import IN_PARTS, Units, module_of
-from saap.weight_norms import weight_norms
+from saap.weight_norms import by_unit, line_norms
 
 ELEMENT_WANT = ("abs", "square", "mixed")  # in the order of ORDERS
 
@@ -84,10 +84,11 @@ class Collector:
         handle = model.get_input_embeddings().register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_())
         self._undo.add(handle.remove)
         for index, layer in enumerate(layers_of(model, self.family)):
-            for part, linear in linears_of(layer, self.family).items():
-                self._undo.patch_forward(linear, self._recorded_forward(index, part, linear))
+            for linear, parts in projections_by_linear(layer, self.family).items():
+                self._undo.patch_forward(linear, self._recorded_forward(index, linear, parts))
             if self._read_weights:
                 self.measure_weights(index)
+            self._undo.add(layer.register_forward_hook(partial(self._watch, index), with_kwargs=True).remove)
             if self.checkpoint_layers:
                 self._undo.patch_forward(layer, self._checkpointed(layer.forward))
 
@@ -100,16 +101,23 @@ class Collector:
         self._undo.restore()
         self.batch = None
 
-    def _recorded_forward(self, index: int, part: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def _recorded_forward(
+        self, index: int, linear: nn.Linear, parts: dict[str, Projection]
+    ) -> Callable[[Tensor], Tensor]:
+        keep_output = not any(part in IN_PARTS for part in parts)
+
         def forward(x: Tensor) -> Tensor:
             batch = self.batch  # of this forward: by the time of its backward another may have begun
 
             def sink(x: Tensor, y: Tensor | None, dx: Tensor, dy: Tensor) -> None:
                 if batch is None:
                     raise RuntimeError("call begin(spans) before the forward pass of a micro-batch")
-                self._record(batch, index, part, linear, x, y, dx, dy)
+                x, dy = x.contiguous(), dy.contiguous()
+                for part, projection in parts.items():
+                    of_part = None if y is None else y[:, projection.rows]
+                    self._record(batch, index, part, projection, x, of_part, dx, dy[:, projection.rows])
 
-            return RecordedLinear.apply(x, linear, sink, part not in IN_PARTS)
+            return RecordedLinear.apply(x, linear, sink, keep_output)
 
         return forward
 
@@ -127,6 +135,12 @@ class Collector:
             return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
         return run
+
+    def _watch(self, index: int, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Note a layer's influence on the hidden states; recomputation does not pass here."""
+        if self.batch is not None and torch.is_grad_enabled():
+            before = args[0] if args else kwargs["hidden_states"]
+            self.batch.note_influence(index, before, output[0] if isinstance(output, tuple) else output)
 
     def begin(self, spans: Tensor, layer: int | None = None) -> None:
         """Start a micro-batch of len(spans) sequences through one ``layer``, or through all of them (None).
@@ -147,25 +161,25 @@ class Collector:
         self.batch = None
 
     def _record(
-        self, batch: BatchRecord, index: int, part: str, linear: nn.Linear,
+        self, batch: BatchRecord, index: int, part: str, projection: Projection,
         x: Tensor, y: Tensor | None, dx: Tensor, dy: Tensor,
     ) -> None:  # fmt: skip
         sizes = self.statistics.units.layers[index]
         module = module_of(part)
         size = sizes.rows_per_unit(part)
-        x, dy, spans = x.contiguous(), dy.contiguous(), batch.spans
+        spans, weight = batch.spans, projection.weight
         inside = part in IN_PARTS
         with saap_kernels.use_backend(self.backend):
             options: dict[str, Any] = {
                 "axis": "in" if inside else "out", "unit_size": size,
-                "bias": None if inside else linear.bias, "scale": self.scale,
+                "bias": None if inside else projection.bias, "scale": self.scale,
             }  # fmt: skip
-            element = saap_kernels.weight_salience(x, dy, linear.weight, spans, want=ELEMENT_WANT, **options)
-            coupled = saap_kernels.coupled_salience(x, dy, linear.weight, spans, **options) if self.coupled else None
+            element = saap_kernels.weight_salience(x, dy, weight, spans, want=ELEMENT_WANT, **options)
+            coupled = saap_kernels.coupled_salience(x, dy, weight, spans, **options) if self.coupled else None
             if inside:
-                shift = self._input_slice(index, module, "input_mean").to(x.device, torch.float32)
+                shift = self._feature_slice(index, module, "input_mean").to(x.device, torch.float32)
                 vector, inputs = saap_kernels.activation_salience_statistics(
-                    x, dx, spans, unit_size=size, shift=shift, want=("sum", "square", "absmax")
+                    x, dx, spans, unit_size=size, shift=shift, want=("sum", "square", "absmax", "abs")
                 )
                 batch.layers[index, module].inputs = shift.double().cpu(), inputs.double().cpu()
             else:
@@ -178,22 +192,26 @@ class Collector:
             None if coupled is None else coupled.double().cpu(),
         )
 
-    def _add_inputs(self, index: int, module: str, tokens: int, new: int, shift: Tensor, sums: Tensor) -> None:
-        """Merge sums (3, S, C) about ``shift`` over ``new`` tokens into moments over ``tokens``."""
+    def _add_inputs(self, index: int, module: str, batch: BatchRecord, shift: Tensor, sums: Tensor) -> None:
+        """Merge sums (4, S, C), the first two about ``shift``, into the moments of an input."""
+        sequences, tokens = self._folded[index]
         total, square = sums[:2].sum(1)  # each [C]
-        mean = total / new
+        mean = total / batch.tokens
         merge_feature_moments(
-            self._input_slice(index, module, "input_mean"),
-            self._input_slice(index, module, "input_m2"),
+            self._feature_slice(index, module, "input_mean"),
+            self._feature_slice(index, module, "input_m2"),
             tokens,
             mean + shift,
             (square - total * mean).clamp_min(0),
-            new,
+            batch.tokens,
         )
-        largest = self._input_slice(index, module, "input_absmax")
+        activity = self._feature_slice(index, module, "input_activity")
+        found = (sums[3] / batch.lengths[:, None]).square().mean(0)
+        activity += (found - activity) * (len(batch.lengths) / (sequences + len(batch.lengths)))
+        largest = self._feature_slice(index, module, "input_absmax")
         torch.maximum(largest, sums[2].amax(0), out=largest)
 
-    def _input_slice(self, index: int, module: str, name: str) -> Tensor:
+    def _feature_slice(self, index: int, module: str, name: str) -> Tensor:
         start, stop = self._features[module][index : index + 2]
         return getattr(self.statistics.modules[module], name)[start:stop]
 
@@ -204,6 +222,8 @@ class Collector:
             self._fold(index, name, record, batch)
         for index in {index for index, _ in batch.layers}:
             sequences, tokens = self._folded[index]
+            influence = self.statistics.influence
+            influence[index] += (batch.influence(index) - influence[index]) * (batch.tokens / (tokens + batch.tokens))
             self._folded[index] = sequences + len(batch.spans), tokens + batch.tokens
         for module in self.statistics.modules.values():
             module.salience.count = min(sequences for sequences, _ in self._folded)
@@ -212,12 +232,12 @@ class Collector:
     def _fold(self, index: int, name: str, record: LayerRecord, batch: BatchRecord) -> None:
         module, start = self.statistics.modules[name], self._offsets[name][index]
         units, new = record.vector.shape[-1], len(batch.spans)
-        sequences, tokens = self._folded[index]
+        sequences, _ = self._folded[index]
         moments = module.salience.narrow(start, units)
         moments.count = sequences  # of this layer; another may have seen more or fewer
         moments.merge_(record.moments())
         assert record.inputs is not None  # complete records have it
-        self._add_inputs(index, name, tokens, batch.tokens, *record.inputs)
+        self._add_inputs(index, name, batch, *record.inputs)
         if record.coupled is not None:
             assert module.coupled is not None  # made on construction
             module.coupled[..., start : start + units] = record.coupled
@@ -227,10 +247,12 @@ class Collector:
     def measure_weights(self, index: int) -> None:
         """Read the norms of one layer's weights."""
         sizes = self.statistics.units.layers[index]
-        for part, linear in linears_of(layers_of(self.model, self.family)[index], self.family).items():
+        for part, projection in projections_of(layers_of(self.model, self.family)[index], self.family).items():
             name = module_of(part)
             module = self.statistics.modules[name]
             row, start = module.matrices.index(part), self._offsets[name][index]
-            l1, square = weight_norms(linear, sizes, part)
-            module.weight_l1[row, start : start + len(l1)] = l1
-            module.weight_square[row, start : start + len(l1)] = square
+            units = slice(start, start + sizes.count(name))
+            for kind, lines in zip(("l1", "square"), line_norms(projection, part), strict=True):
+                getattr(module, f"weight_{kind}")[row, units] = by_unit(lines, sizes, part)
+                if part in IN_PARTS:
+                    self._feature_slice(index, name, f"column_{kind}").copy_(lines)

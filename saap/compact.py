@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from saap.families import Family, family_of, layers_of, linears_of
+from saap.families import Family, family_of, layers_of, projections_by_linear
 from saap.layout import adopt, describe_as_stock, describe_as_template, is_template
 from saap.plan import LayerPlan, Plan
-from saap.units import LayerUnits, discover
+from saap.units import IN_PARTS, LayerUnits, discover, module_of
 
 PLAN_ATTRIBUTE = "saap_plan"
 
@@ -48,14 +48,14 @@ def _describe(model: PreTrainedModel, family: Family, layers: tuple[LayerUnits, 
 
 @torch.no_grad()
 def _cut_layer(layer: nn.Module, family: Family, sizes: LayerUnits, kept: LayerPlan) -> None:
-    linears = linears_of(layer, family)
-    for part, linear in linears.items():
-        units = kept.kv_heads if part in family.attention_parts else kept.channels
-        if len(units) == sizes.count("attention" if part in family.attention_parts else "mlp"):
+    for linear, parts in projections_by_linear(layer, family).items():
+        module = module_of(next(iter(parts)))
+        units = torch.tensor(kept.kv_heads if module == "attention" else kept.channels)
+        if len(units) == sizes.count(module):
             continue
-        width = sizes.rows_per_unit(part)
-        index = (torch.tensor(units)[:, None] * width + torch.arange(width)).flatten().to(linear.weight.device)
-        if part in ("o", "down"):
+        index = torch.cat([p.start + _lines(units, sizes.rows_per_unit(part)) for part, p in parts.items()])
+        index = index.to(linear.weight.device)
+        if any(part in IN_PARTS for part in parts):
             linear.weight = _parameter(linear.weight, 1, index)
             linear.in_features = len(index)
         else:
@@ -63,6 +63,11 @@ def _cut_layer(layer: nn.Module, family: Family, sizes: LayerUnits, kept: LayerP
             if linear.bias is not None:
                 linear.bias = _parameter(linear.bias, 0, index)
             linear.out_features = len(index)
+
+
+def _lines(units: Tensor, width: int) -> Tensor:
+    """The rows or columns of ``units`` that own ``width`` consecutive ones each."""
+    return (units[:, None] * width + torch.arange(width)).flatten()
 
 
 def _parameter(old: Tensor, dim: int, index: Tensor) -> nn.Parameter:

@@ -1,42 +1,18 @@
 """Importance criteria: functions from Statistics to Scores (method section 2)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saap import baselines
+from saap.scores import Scores, check_option
 from saap.statistics import ORDERS, ModuleStatistics, Statistics
-from saap.units import MODULES, Units
+from saap.units import MODULES
 
 AGGREGATIONS = ("joint", "sum", "prod", "max", "last")
 FUSIONS = ("uncertainty", "mean", "vector", "element")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """One importance per unit, (U,) float64 per module, layers one after another; lowest goes first."""
-
-    units: Units
-    attention: Tensor
-    mlp: Tensor
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for module in MODULES:
-            values = getattr(self, module)
-            wanted = (self.units.count(module),)
-            if tuple(values.shape) != wanted:
-                raise ValueError(f"expected {module} scores of shape {wanted}, got {tuple(values.shape)}")
-            if not torch.isfinite(values).all():
-                raise ValueError(f"expected finite {module} scores, found NaN or inf")
-
-    def layer(self, index: int, module: str) -> Tensor:
-        """The scores of one layer's units, (U_l,)."""
-        offsets = self.units.offsets(module)
-        return getattr(self, module)[offsets[index] : offsets[index + 1]]
-
 
 Criterion = Callable[..., Scores]
 
@@ -73,15 +49,7 @@ def saap(
     units: each importance is divided by twice its own mean. ``fusion`` "mean" adds them unscaled.
     Source: method section 2b, after arXiv 2412.15127.
     """
-    _check_option("fusion", fusion, FUSIONS)
-    vector = _importance(stats, "vector", vector_order, aggregation)
-    element = _importance(stats, "element", element_order, aggregation)
-    if fusion == "uncertainty":
-        fused = [v / _twice_mean(vector) + e / _twice_mean(element) for v, e in zip(vector, element, strict=True)]
-    elif fusion == "mean":
-        fused = [(v + e) / 2 for v, e in zip(vector, element, strict=True)]
-    else:
-        fused = vector if fusion == "vector" else element
+    check_option("fusion", fusion, FUSIONS)
     settings = {
         "criterion": "saap",
         "vector_order": vector_order,
@@ -89,13 +57,26 @@ def saap(
         "aggregation": aggregation,
         "fusion": fusion,
     }
-    return _scores(stats, fused, settings)
+    shares = {"uncertainty": (1.0, 1.0), "mean": (0.5, 0.5), "vector": (1.0, 0.0), "element": (0.0, 1.0)}[fusion]
+    if fusion == "uncertainty":
+        vector = _importance(stats, "vector", vector_order, aggregation)
+        element = _importance(stats, "element", element_order, aggregation)
+        shares = 1 / _twice_mean(vector), 1 / _twice_mean(element)
+    return _scores(stats, shares, (vector_order, element_order), aggregation, settings)
 
 
-def vector(stats: Statistics, *, order: str = "first", aggregation: str = "sum") -> Scores:
-    """Vector-wise Taylor importance: |a|, a^2 or |a - a^2/2| of the signed sum a per sequence (section 2a)."""
+def vector(stats: Statistics, *, order: str = "first", aggregation: str = "sum", coupled: bool = False) -> Scores:
+    """Vector-wise Taylor importance: |a|, a^2 or |a - a^2/2| of the signed sum a per sequence (section 2a).
+
+    ``coupled`` takes the absolute value after the mean over sequences, as LLM-Pruner's "vectorize" does, which
+    is of first order.
+    """
     settings = {"criterion": "vector", "order": order, "aggregation": aggregation}
-    return _scores(stats, _importance(stats, "vector", order, aggregation), settings)
+    if coupled:
+        check_option("order", order, ("first",))
+        values = [stats.modules[name].signed.abs() for name in MODULES]
+        return Scores.of(stats.units, _reduced(values, aggregation), settings | {"coupled": True})
+    return _scores(stats, (1.0, 0.0), (order, order), aggregation, settings)
 
 
 def element(stats: Statistics, *, order: str = "first", aggregation: str = "sum", coupled: bool = False) -> Scores:
@@ -106,42 +87,19 @@ def element(stats: Statistics, *, order: str = "first", aggregation: str = "sum"
     """
     settings = {"criterion": "element", "order": order, "aggregation": aggregation}
     if coupled:
-        return _scores(stats, _coupled_importance(stats, order, aggregation), settings | {"coupled": True})
-    return _scores(stats, _importance(stats, "element", order, aggregation), settings)
+        check_option("order", order, ORDERS)
+        found = [stats.modules[name].coupled for name in MODULES]
+        if any(value is None for value in found):
+            raise ValueError("expected statistics with coupled salience, got none; collect them with coupled=True")
+        values = [value[ORDERS.index(order)] for value in found if value is not None]
+        return Scores.of(stats.units, _reduced(values, aggregation), settings | {"coupled": True})
+    return _scores(stats, (0.0, 1.0), (order, order), aggregation, settings)
 
 
 def mask_gradient(stats: Statistics, *, order: str = "second") -> Scores:
     """Gradient of the unit's mask: squared ("second", its Fisher information), absolute ("first") or "mixed"."""
     settings = {"criterion": "mask_gradient", "order": order}
-    return _scores(stats, _importance(stats, "vector", order, "last"), settings)
-
-
-def magnitude(stats: Statistics, *, norm: str = "l2") -> Scores:
-    """Size of the unit's weights: L2 norm ("l2") or sum of absolute values ("l1"); uses no data."""
-    _check_option("norm", norm, ("l1", "l2"))
-    modules = [stats.modules[name] for name in MODULES]
-    if norm == "l1":
-        values = [module.weight_l1.sum(0) for module in modules]
-    else:
-        values = [module.weight_square.sum(0).sqrt() for module in modules]
-    return _scores(stats, values, {"criterion": "magnitude", "norm": norm})
-
-
-def random(stats: Statistics, *, seed: int = 0) -> Scores:
-    """Independent uniform scores: the baseline that every criterion must beat.
-
-    A unit's score is proportional to its parameters, so that global rankings per removed
-    parameter pick attention and MLP units alike.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    values = []
-    for module in MODULES:
-        cost = torch.tensor(
-            [layer.unit_parameters(module) for layer in stats.units.layers for _ in range(layer.count(module))],
-            dtype=torch.float64,
-        )
-        values.append(torch.rand(len(cost), generator=generator, dtype=torch.float64) * cost)
-    return _scores(stats, values, {"criterion": "random", "seed": seed})
+    return _scores(stats, (1.0, 0.0), (order, order), "last", settings)
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -149,55 +107,71 @@ CRITERIA: dict[str, Criterion] = {
     "vector": vector,
     "element": element,
     "mask_gradient": mask_gradient,
-    "magnitude": magnitude,
-    "random": random,
+    "flap": baselines.flap,
+    "wanda_sp": baselines.wanda_sp,
+    "activation": baselines.activation,
+    "block_influence": baselines.block_influence,
+    "magnitude": baselines.magnitude,
+    "random": baselines.random,
 }
 
 
-def _scores(stats: Statistics, values: list[Tensor], settings: dict[str, Any]) -> Scores:
-    attention, mlp = values
-    return Scores(stats.units, attention, mlp, settings)
+def _scores(
+    stats: Statistics, shares: tuple[float, float], orders: tuple[str, str], aggregation: str, settings: dict[str, Any]
+) -> Scores:
+    """shares[0] * IV + shares[1] * IE of two orders, with its fluctuation over sequences where it has one."""
+    alpha, beta = shares
+    vector = _importance(stats, "vector", orders[0], aggregation)
+    element = _importance(stats, "element", orders[1], aggregation)
+    values = [alpha * v + beta * e for v, e in zip(vector, element, strict=True)]
+    fluctuation = None
+    if aggregation in ("joint", "sum", "last"):
+        index = ORDERS.index(orders[0]), ORDERS.index(orders[1])
+        fluctuation = {
+            name: _deviation(stats.modules[name], shares, index, aggregation) / (value + torch.finfo(value.dtype).tiny)
+            for name, value in zip(MODULES, values, strict=True)
+        }
+    return Scores.of(stats.units, values, settings, fluctuation)
+
+
+def _deviation(
+    module: ModuleStatistics, shares: tuple[float, float], orders: tuple[int, int], aggregation: str
+) -> Tensor:
+    """Standard deviation over sequences of shares[0] * IV + shares[1] * IE, (U,); 0 for a single sequence."""
+    (alpha, beta), (i, j), moments = shares, orders, module.salience
+    row = len(module.matrices) - 1 if aggregation == "last" else module.rows.index(aggregation)
+    squares = alpha**2 * moments.vector_m2[i, row] + beta**2 * moments.element_m2[j, row]
+    squares = squares + 2 * alpha * beta * moments.cross[i, j, row]
+    return (squares.clamp_min(0) / max(1, moments.count - 1)).sqrt()  # rounding may leave it below 0
 
 
 def _importance(stats: Statistics, kind: str, order: str, aggregation: str) -> list[Tensor]:
     """Mean over sequences of one importance, aggregated over the coupled matrices: [(U,)] per module."""
-    _check_option("order", order, ORDERS)
-    _check_option("aggregation", aggregation, AGGREGATIONS)
-    return [_aggregate(stats.modules[name], kind, ORDERS.index(order), aggregation) for name in MODULES]
+    check_option("order", order, ORDERS)
+    check_option("aggregation", aggregation, AGGREGATIONS)
+    found = []
+    for name in MODULES:
+        module = stats.modules[name]
+        rows: Tensor = getattr(module.salience, f"{kind}_mean")[ORDERS.index(order)]  # [P, U]
+        if aggregation in module.rows:
+            found.append(rows[module.rows.index(aggregation)])
+        else:
+            found += _reduced([rows[: len(module.matrices)]], aggregation)
+    return found
 
 
-def _aggregate(module: ModuleStatistics, kind: str, order: int, aggregation: str) -> Tensor:
-    values: Tensor = getattr(module.salience, f"{kind}_mean")[order]  # [P, U]
-    matrices = values[: len(module.matrices)]
-    if aggregation == "last":
-        return matrices[-1]
-    if aggregation == "prod":
-        return matrices.prod(0)
-    if aggregation == "max":
-        return matrices.amax(0)
-    return values[module.rows.index(aggregation)]
-
-
-def _coupled_importance(stats: Statistics, order: str, aggregation: str) -> list[Tensor]:
-    _check_option("order", order, ORDERS)
-    reduce = {
+def _reduced(values: list[Tensor], aggregation: str) -> list[Tensor]:
+    """Each (M, U) over its coupled matrices -> (U,)."""
+    reduce: dict[str, Callable[[Tensor], Tensor]] = {
         "sum": lambda m: m.sum(0),
         "prod": lambda m: m.prod(0),
         "max": lambda m: m.amax(0),
         "last": lambda m: m[-1],
     }
-    _check_option("aggregation", aggregation, tuple(reduce))
-    values = [stats.modules[name].coupled for name in MODULES]
-    if any(value is None for value in values):
-        raise ValueError("expected statistics with coupled salience, got none; collect them with coupled=True")
-    return [reduce[aggregation](value[ORDERS.index(order)]) for value in values if value is not None]
+    check_option("aggregation", aggregation, tuple(reduce))
+    return [reduce[aggregation](value) for value in values]
 
 
-def _twice_mean(importance: list[Tensor]) -> Tensor:
-    mean = torch.cat(importance).mean()
-    return 2 * mean if mean > 0 else torch.ones_like(mean)  # all-zero importance carries no ranking
-
-
-def _check_option(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+def _twice_mean(importance: list[Tensor]) -> float:
+    mean = float(torch.cat(importance).mean())
+    return 2 * mean if mean > 0 else 1.0  # all-zero importance carries no ranking

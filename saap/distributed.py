@@ -79,9 +79,11 @@ def all_reduce(statistics: Statistics) -> None:
     distributed.all_reduce(total)
     all_sequences, all_tokens = (int(value) for value in total)
     for module in statistics.modules.values():
-        module.signed.copy_(_mean(module.signed, sequences, all_sequences))
+        for means in (module.signed, module.input_activity):
+            means.copy_(_mean(means, sequences, all_sequences))
         _reduce_inputs(module, tokens, all_tokens)
         _reduce_moments(module.salience, all_sequences)
+    statistics.influence.copy_(_mean(statistics.influence, tokens, all_tokens))
     statistics.tokens = all_tokens
 
 
@@ -91,7 +93,7 @@ def _reduce_moments(moments: Moments, total: int) -> None:
     vector_gap, element_gap = moments.vector_mean - vector, moments.element_mean - element
     moments.vector_m2 += moments.count * vector_gap.square()
     moments.element_m2 += moments.count * element_gap.square()
-    moments.cross += moments.count * vector_gap * element_gap
+    moments.cross += moments.count * vector_gap[:, None] * element_gap
     for tensor in (moments.vector_m2, moments.element_m2, moments.cross):
         distributed.all_reduce(tensor)
     moments.vector_mean.copy_(vector)

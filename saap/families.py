@@ -1,8 +1,9 @@
 """Where each model family keeps the weights that pruning removes: families are data, not code."""
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 PRUNED_PREFIX = "saap_"
@@ -12,8 +13,9 @@ PRUNED_PREFIX = "saap_"
 class Family:
     """Names of one family's prunable projections and of the config attributes that size them.
 
-    Projection paths are relative to a decoder layer. ``gate`` is None for ungated MLPs.
-    ``kv_heads_attribute`` is None for families without grouped-query attention.
+    Projection paths are relative to a decoder layer. Parts with the same path are consecutive rows of one
+    fused Linear, in the order of ``parts``. ``gate`` is None for ungated MLPs. ``kv_heads_attribute`` is
+    None for families without grouped-query attention.
     """
 
     name: str
@@ -63,6 +65,16 @@ for _family in (
     Family("llama"),
     Family("mistral"),
     Family("qwen2"),
+    Family("qwen3"),
+    Family("gemma2"),
+    Family(
+        "phi3",
+        q="self_attn.qkv_proj",
+        k="self_attn.qkv_proj",
+        v="self_attn.qkv_proj",
+        gate="mlp.gate_up_proj",
+        up="mlp.gate_up_proj",
+    ),
     Family(
         "opt",
         layers="model.decoder.layers",
@@ -102,5 +114,69 @@ def layers_of(model: PreTrainedModel, family: Family) -> nn.ModuleList:
 
 
 def linears_of(layer: nn.Module, family: Family) -> dict[str, nn.Linear]:
-    """{part: Linear} of one decoder layer, parts in the family's order."""
+    """{part: Linear} of one decoder layer, parts in the family's order; fused parts share one."""
     return {part: layer.get_submodule(family.path(part)) for part in family.parts}  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One part of a decoder layer: rows ``start`` to ``stop`` of a Linear, all of them unless it is fused."""
+
+    linear: nn.Linear
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def weight(self) -> Tensor:
+        """(out_features, in_features), a view of the Linear's own weight as it is now."""
+        return self.linear.weight[self.rows]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out_features,), a view, or None."""
+        return None if self.linear.bias is None else self.linear.bias[self.rows]
+
+    @property
+    def in_features(self) -> int:
+        return self.linear.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.stop - self.start
+
+
+def projections_of(layer: nn.Module, family: Family) -> dict[str, Projection]:
+    """{part: Projection} of one decoder layer; see ``projections_by_linear``."""
+    return {part: p for parts in projections_by_linear(layer, family).values() for part, p in parts.items()}
+
+
+def projections_by_linear(layer: nn.Module, family: Family) -> dict[nn.Linear, dict[str, Projection]]:
+    """{Linear: {part: Projection}} of one decoder layer, both in the order of the family's parts.
+
+    Raises ValueError when a fused Linear's rows cannot be shared among its parts.
+    """
+    linears = linears_of(layer, family)
+    fused: dict[nn.Linear, list[str]] = {}
+    for part, linear in linears.items():
+        fused.setdefault(linear, []).append(part)
+    found = {}
+    for linear, parts in fused.items():
+        bounds = pairwise(accumulate(_rows_of(parts, linear, linears["o"], family), initial=0))
+        found[linear] = {part: Projection(linear, *rows) for part, rows in zip(parts, bounds, strict=True)}
+    return found
+
+
+def _rows_of(parts: list[str], linear: nn.Linear, o: nn.Linear, family: Family) -> list[int]:
+    """Rows of each part of a Linear: of a fused q as many as o has columns; the others share the rest equally."""
+    query = o.in_features if "q" in parts and len(parts) > 1 else 0
+    each, left = divmod(linear.out_features - query, len(parts) - bool(query))
+    if left or each < 0:
+        raise ValueError(
+            f"expected {family.path(parts[0])} to hold rows of {', '.join(parts)}, as many of q as o has columns "
+            f"({o.in_features}) and equally many of the others; got {linear.out_features} rows"
+        )
+    return [query if query and part == "q" else each for part in parts]

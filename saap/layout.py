@@ -88,10 +88,13 @@ def adopt(model: PreTrainedModel, family: Family, config: PreTrainedConfig) -> N
     old = model.config
     template = str(config.model_type).startswith(PRUNED_PREFIX)
     for module in model.modules():
-        if getattr(module, "config", None) is old:
+        own = getattr(module, "config", None)
+        if getattr(own, "model_config", own) is old:  # itself, or the sized view of a template's module
             module.config = config  # type: ignore[assignment]
     if template and not type(model).__name__.startswith("Saap"):
         model.__class__ = modeling_saap.model_class(f"Saap{type(model).__name__}")  # same layout, more methods
+    if template:
+        modeling_saap.share_config(model, layers_of(model, family), config)
     for layer, sizes in zip(layers_of(model, family), _sizes(config, family), strict=True):
         modeling_saap.set_head_counts(layer.get_submodule(family.attention), *sizes)
 

@@ -10,9 +10,9 @@ from torch import Tensor
 class Moments:
     """Moments over ``count`` sequences of paired quantities, vector-wise and element-wise.
 
-    All tensors are float64 of one shape. ``*_m2`` is the sum of squared deviations from the mean
-    and ``cross`` the sum of products of deviations, so variances are ``m2 / (count - 1)``. Updates
-    and merges follow Chan, Golub and LeVeque (1983): exact but for rounding, in any order.
+    Means and ``*_m2``, the sums of squared deviations from them, are float64 of one shape (O, ...), O orders;
+    ``cross`` (O, O, ...) is the sum of products of deviations, the vector's order first. Variances are
+    ``m2 / (count - 1)``. Merges follow Chan, Golub and LeVeque (1983): exact but for rounding, in any order.
     """
 
     count: int
@@ -26,11 +26,12 @@ class Moments:
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...]) -> "Moments":
-        return cls(0, *(torch.zeros(shape, dtype=torch.float64) for _ in cls.FIELDS))
+        shapes = [shape] * (len(cls.FIELDS) - 1) + [(shape[0], *shape)]
+        return cls(0, *(torch.zeros(each, dtype=torch.float64) for each in shapes))
 
     @classmethod
     def of(cls, vector: Tensor, element: Tensor) -> "Moments":
-        """Moments of per-sequence values; vector and element are (S, ...)."""
+        """Moments of per-sequence values; vector and element are (S, O, ...)."""
         vector_mean, element_mean = vector.mean(0), element.mean(0)
         vector_dev, element_dev = vector - vector_mean, element - element_mean
         return cls(
@@ -39,7 +40,7 @@ class Moments:
             vector_dev.square().sum(0),
             element_mean,
             element_dev.square().sum(0),
-            (vector_dev * element_dev).sum(0),
+            torch.stack([(vector_dev[:, order, None] * element_dev).sum(0) for order in range(vector.shape[1])]),
         )
 
     def narrow(self, start: int, length: int) -> "Moments":
@@ -56,7 +57,7 @@ class Moments:
         weight = self.count * other.count / total
         self.vector_m2 += other.vector_m2 + vector_gap.square() * weight
         self.element_m2 += other.element_m2 + element_gap.square() * weight
-        self.cross += other.cross + vector_gap * element_gap * weight
+        self.cross += other.cross + vector_gap[:, None] * element_gap * weight
         self.vector_mean += vector_gap * (other.count / total)
         self.element_mean += element_gap * (other.count / total)
         self.count = total

@@ -78,6 +78,7 @@ class Plan:
                 "dense": self.units.total_parameters,
                 "pruned": kept,
                 "blocks_dense": self.units.block_parameters,
+                "head": self.units.head_parameters,
                 "removed_share": round(self.ratio, 6),
                 "removed_share_of_blocks": round(self.block_ratio, 6),
             },
@@ -108,6 +109,7 @@ class Plan:
                 total_parameters=body["parameters"]["dense"],
                 block_parameters=body["parameters"]["blocks_dense"],
                 fingerprint=body["fingerprint"],
+                head_parameters=body["parameters"]["head"],
             )
             layers = tuple(
                 LayerPlan(

@@ -39,7 +39,7 @@ class LayerRecord:
         self.element = torch.zeros(len(ORDERS), sequences, len(matrices), units, dtype=torch.float64)  # [3, S, M, U]
         self.coupled = torch.zeros(len(ORDERS), len(matrices), units, dtype=torch.float64) if coupled else None
         self.seen: set[str] = set()
-        self.inputs: tuple[Tensor, Tensor] | None = None  # shift (C,), sums (3, S, C) of the input of o or down
+        self.inputs: tuple[Tensor, Tensor] | None = None  # shift (C,), sums (4, S, C) of the input of o or down
 
     def put(self, part: str, vector: Tensor, element: Tensor, coupled: Tensor | None) -> None:
         if part in self.seen:
@@ -83,12 +83,28 @@ class BatchRecord:
         self, spans: Tensor, layers: dict[int, LayerUnits], matrices: dict[str, tuple[str, ...]], coupled: bool
     ) -> None:
         self.spans = spans
-        self.tokens = int((spans[:, 1] - spans[:, 0]).sum())
+        self.lengths = (spans[:, 1] - spans[:, 0]).double()  # tokens of each sequence
+        self.tokens = int(self.lengths.sum())
+        self._real: Tensor | None = None  # rows of all sequences, where the hidden states are
+        self._influence: dict[int, Tensor] = {}
         self.layers = {
             (index, name): LayerRecord(parts, sizes.count(name), len(spans), coupled)
             for index, sizes in layers.items()
             for name, parts in matrices.items()
         }
+
+    @torch.no_grad()
+    def note_influence(self, layer: int, before: Tensor, after: Tensor) -> None:
+        """Keep the mean over tokens of 1 - cos(before, after) of a layer's hidden states (B, T, D)."""
+        dtype = torch.promote_types(before.dtype, torch.float32)
+        cosine = F.cosine_similarity(before.to(dtype), after.to(dtype), dim=-1).flatten()
+        if self._real is None or self._real.device != cosine.device:
+            self._real = torch.cat([torch.arange(a, b) for a, b in self.spans.tolist()]).to(cosine.device)
+        self._influence[layer] = 1 - cosine[self._real].mean(dtype=torch.float64)
+
+    def influence(self, layer: int) -> float:
+        """What ``note_influence`` kept of a layer."""
+        return float(self._influence[layer])
 
     @property
     def started(self) -> bool:

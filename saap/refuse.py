@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from saap.families import Family, layers_of, linears_of
+from saap.families import Family, layers_of, projections_by_linear
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
@@ -37,8 +37,8 @@ def refuse_nonfinite_weights(model: PreTrainedModel, family: Family) -> None:
 
 def refuse_nonfinite_layer(layer: nn.Module, family: Family, index: int) -> None:
     """As ``refuse_nonfinite_weights``, of one decoder layer."""
-    for part, linear in linears_of(layer, family).items():
-        _refuse_nonfinite(linear, f"{family.layers}.{index}.{family.path(part)}")
+    for linear, parts in projections_by_linear(layer, family).items():
+        _refuse_nonfinite(linear, f"{family.layers}.{index}.{family.path(next(iter(parts)))}")
 
 
 def refuse_nonfinite_embeddings(model: PreTrainedModel) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from saap.moments import Moments
 from saap.units import MODULES, Units
 
-STATISTICS_FORMAT = "saap-statistics-1"
+STATISTICS_FORMAT = "saap-statistics-2"
 ORDERS = ("first", "second", "mixed")
 AGGREGATES = ("joint", "sum")  # rows behind the matrices: signed sum over the unit, sum over its matrices
 
@@ -27,13 +27,15 @@ class ModuleStatistics:
     With M coupled matrices, P = M + 2 rows (the matrices, then "joint" and "sum"), U units and
     C input features of o or down:
 
-    - ``salience``: Moments of (3, P, U) over sequences: orders first, second, mixed of the
-      vector-wise (IV) and element-wise (IE) importance, method section 2a.
+    - ``salience``: Moments of (3, P, U) over sequences: orders first, second, mixed of the vector-wise (IV) and
+      element-wise (IE) importance, method section 2a; the cross moment of any two orders is (3, 3, P, U).
     - ``signed``: (M, U) mean over sequences of a[u, n], the signed first-order sum.
     - ``weight_l1``, ``weight_square``: (M, U) sum of |w| and of w^2 over the unit, biases included.
     - ``coupled``: (3, M, U) sum over the unit of |mean_n s|, |mean_n s^2| and |mean_n s - mean_n s^2 / 2|, or
       None. Exact for the sequences of one backward pass only, so it is neither accumulated nor merged.
     - ``input_mean``, ``input_m2``, ``input_absmax``: (C,) of the input of o or down over tokens.
+    - ``input_activity``: (C,) mean over sequences of the squared mean over tokens of |x|.
+    - ``column_l1``, ``column_square``: (C,) sum of |w| and of w^2 over each column of o or down.
     """
 
     matrices: tuple[str, ...]
@@ -44,15 +46,20 @@ class ModuleStatistics:
     input_mean: Tensor
     input_m2: Tensor
     input_absmax: Tensor
+    input_activity: Tensor
+    column_l1: Tensor
+    column_square: Tensor
     coupled: Tensor | None = None
 
-    PLAIN = ("signed", "weight_l1", "weight_square", "input_mean", "input_m2", "input_absmax")
+    PER_UNIT = ("signed", "weight_l1", "weight_square")
+    PER_FEATURE = ("input_mean", "input_m2", "input_absmax", "input_activity", "column_l1", "column_square")
+    WEIGHTS = ("weight_l1", "weight_square", "column_l1", "column_square")  # no data in them
 
     @classmethod
     def zeros(cls, matrices: tuple[str, ...], units: int, features: int) -> "ModuleStatistics":
         rows = len(matrices) + len(AGGREGATES)
-        per_unit = [torch.zeros(len(matrices), units, dtype=torch.float64) for _ in range(3)]
-        per_feature = [torch.zeros(features, dtype=torch.float64) for _ in range(3)]
+        per_unit = [torch.zeros(len(matrices), units, dtype=torch.float64) for _ in cls.PER_UNIT]
+        per_feature = [torch.zeros(features, dtype=torch.float64) for _ in cls.PER_FEATURE]
         return cls(matrices, Moments.zeros((len(ORDERS), rows, units)), *per_unit, *per_feature)
 
     @property
@@ -60,7 +67,7 @@ class ModuleStatistics:
         return self.matrices + AGGREGATES
 
     def tensors(self) -> dict[str, Tensor]:
-        plain = {name: getattr(self, name) for name in self.PLAIN}
+        plain = {name: getattr(self, name) for name in self.PER_UNIT + self.PER_FEATURE}
         if self.coupled is not None:
             plain["coupled"] = self.coupled
         return plain | {f"salience.{name}": tensor for name, tensor in self.salience.tensors().items()}
@@ -69,7 +76,9 @@ class ModuleStatistics:
         """Add the sequences and tokens of ``other``; the weights' norms stay."""
         total = self.salience.count + other.salience.count
         if total:
-            self.signed += (other.signed - self.signed) * (other.salience.count / total)
+            share = other.salience.count / total
+            self.signed += (other.signed - self.signed) * share
+            self.input_activity += (other.input_activity - self.input_activity) * share
         merge_feature_moments(self.input_mean, self.input_m2, tokens, other.input_mean, other.input_m2, other_tokens)
         torch.maximum(self.input_absmax, other.input_absmax, out=self.input_absmax)
         self.salience.merge_(other.salience)
@@ -90,11 +99,13 @@ def merge_feature_moments(
 class Statistics:
     """What calibration measured on one model; additive over sequences.
 
+    ``influence`` (L,) is each decoder layer's block influence: the mean over tokens of 1 - cos(input, output).
     ``data`` holds a fingerprint of each merged calibration set, ``settings`` how it was made.
     """
 
     units: Units
     modules: dict[str, ModuleStatistics]
+    influence: Tensor
     tokens: int = 0
     data: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
@@ -107,7 +118,8 @@ class Statistics:
             "attention": sum(layer.query_heads * layer.head_dim for layer in units.layers),
             "mlp": units.count("mlp"),
         }
-        return cls(units, {m: ModuleStatistics.zeros(matrices[m], units.count(m), features[m]) for m in MODULES})
+        modules = {m: ModuleStatistics.zeros(matrices[m], units.count(m), features[m]) for m in MODULES}
+        return cls(units, modules, torch.zeros(len(units.layers), dtype=torch.float64))
 
     @property
     def sequences(self) -> int:
@@ -132,12 +144,12 @@ class Statistics:
         for part in (self, other):
             for name, module in merged.modules.items():
                 if part is self:
-                    module.weight_l1, module.weight_square = (
-                        part.modules[name].weight_l1,
-                        part.modules[name].weight_square,
-                    )
+                    for weights in ModuleStatistics.WEIGHTS:
+                        setattr(module, weights, getattr(part.modules[name], weights))
                 module.merge_(part.modules[name], merged.tokens, part.tokens)
             merged.tokens += part.tokens
+            if part.tokens:
+                merged.influence += (part.influence - merged.influence) * (part.tokens / merged.tokens)
         merged.data = tuple(sorted(self.data + other.data))
         merged.settings = self.settings | {"merged": len(merged.data)}
         return merged
@@ -160,7 +172,7 @@ class Statistics:
             f"{name}.{key}": tensor.contiguous()
             for name, module in self.modules.items()
             for key, tensor in module.tensors().items()
-        }
+        } | {"influence": self.influence}
         description = {
             "format": STATISTICS_FORMAT,
             "units": self.units.to_json(),
@@ -199,6 +211,7 @@ class Statistics:
                         owner, _, attribute = key.rpartition(".")
                         setattr(module.salience if owner else module, attribute, stored)
                     module.salience.count = metadata["sequences"]
+                statistics.influence = file.get_tensor("influence")
         except SafetensorError as error:
             raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
         statistics.tokens = metadata["tokens"]

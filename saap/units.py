@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from saap.families import Family, family_of, layers_of, linears_of
+from saap.families import Family, family_of, layers_of, linears_of, projections_of
 from saap.refuse import refuse_unsupported
 
 MODULES = ("attention", "mlp")
@@ -47,16 +47,25 @@ class LayerUnits:
         """Number of units of ``module`` ("attention" or "mlp") in this layer."""
         return self.kv_heads if module == "attention" else self.intermediate_size
 
+    def unit_weights(self, module: str) -> int:
+        """As ``unit_parameters``, without biases: also the multiply-accumulates of one token."""
+        rows, columns = self._unit_lines(module)
+        return (sum(rows.values()) + columns) * self.hidden_size
+
     def unit_parameters(self, module: str) -> int:
         """Parameters that removing one unit of ``module`` removes."""
+        rows, _ = self._unit_lines(module)
+        return self.unit_weights(module) + sum(size for part, size in rows.items() if part in self.biases)
+
+    def _unit_lines(self, module: str) -> tuple[dict[str, int], int]:
+        """Rows of each part and columns of the last that one unit owns."""
         if module == "attention":
             rows = {"q": self.group * self.head_dim, "k": self.head_dim, "v": self.head_dim}
             columns = self.group * self.head_dim
         else:
             rows = {"gate": 1, "up": 1} if self.gated else {"up": 1}
             columns = 1
-        weights = (sum(rows.values()) + columns) * self.hidden_size
-        return weights + sum(size for part, size in rows.items() if part in self.biases)
+        return rows, columns
 
     def parameters(self, module: str) -> int:
         """Parameters of all units of ``module``: what pruning could remove at most."""
@@ -73,8 +82,9 @@ class LayerUnits:
 class Units:
     """All units of a model, by layer, plus what identifies the model.
 
-    ``total_parameters`` counts tied tensors once and embeddings too; ``block_parameters`` counts
-    the decoder layers only. Units are addressed as (layer, module, index), zero-based.
+    ``total_parameters`` counts tied tensors once and embeddings too; ``block_parameters`` counts the
+    decoder layers only, ``head_parameters`` the output head, tied or not. Units are addressed as
+    (layer, module, index), zero-based.
     """
 
     family: str
@@ -82,6 +92,7 @@ class Units:
     total_parameters: int
     block_parameters: int
     fingerprint: str
+    head_parameters: int = 0
 
     def count(self, module: str) -> int:
         return sum(layer.count(module) for layer in self.layers)
@@ -145,43 +156,44 @@ def discover(model: PreTrainedModel, family: str | None = None) -> Units:
         total_parameters=sum(p.numel() for p in model.parameters()),
         block_parameters=sum(p.numel() for p in layers.parameters()),
         fingerprint=fingerprint(model, row),
+        head_parameters=sum(p.numel() for p in model.get_output_embeddings().parameters()),
     )
 
 
 def _describe(layer: nn.Module, family: Family, index: int) -> LayerUnits:
-    linears = linears_of(layer, family)
+    projections = projections_of(layer, family)
     head_dim = int(layer.get_submodule(family.attention).head_dim)  # type: ignore[arg-type]
     for part in ("q", "k", "v"):
-        if linears[part].out_features % head_dim:
+        if projections[part].out_features % head_dim:
             raise ValueError(
                 f"layer {index}: expected rows of {family.path(part)} to be a multiple of head_dim {head_dim}, "
-                f"got {linears[part].out_features}"
+                f"got {projections[part].out_features}"
             )
-    query_heads, kv_heads = (linears[part].out_features // head_dim for part in ("q", "k"))
+    query_heads, kv_heads = (projections[part].out_features // head_dim for part in ("q", "k"))
     if (kv_heads == 0) != (query_heads == 0) or (kv_heads and query_heads % kv_heads):
         raise ValueError(
             f"layer {index}: expected query heads to be a multiple of KV heads, got {query_heads} and {kv_heads}"
         )
     return LayerUnits(
-        hidden_size=linears["q"].in_features,
+        hidden_size=projections["q"].in_features,
         query_heads=query_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        intermediate_size=linears["down"].in_features,
+        intermediate_size=projections["down"].in_features,
         gated=family.gate is not None,
-        biases=tuple(part for part, linear in linears.items() if linear.bias is not None),
+        biases=tuple(part for part, projection in projections.items() if projection.bias is not None),
     )
 
 
 def fingerprint(model: PreTrainedModel, family: Family) -> str:
-    """A short hash of every prunable weight's shape and of 64 of its values, rounded to bfloat16.
+    """A short hash of every part's shape and of 64 of its values, rounded to bfloat16.
 
     The rounding makes one checkpoint loaded in bf16 and in fp32 the same model.
     """
     digest = hashlib.sha256(family.name.encode())
     for layer in layers_of(model, family):
-        for part, linear in linears_of(layer, family).items():
-            weight = linear.weight.detach()
+        for part, projection in projections_of(layer, family).items():
+            weight = projection.weight.detach()
             digest.update(f"{part}{tuple(weight.shape)}".encode())
             if not weight.is_meta and weight.numel():
                 flat = torch.linspace(0, weight.numel() - 1, 64, dtype=torch.float64).long()

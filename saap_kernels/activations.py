@@ -6,7 +6,7 @@ from saap_kernels import cpu, cuda, reference
 from saap_kernels.backend import choose
 
 IMPLEMENTED = ("triton", "cuda", "cpu", "reference")  # in order of preference
-STATISTICS = ("sum", "square", "absmax")  # in the order of the C++ kernel
+STATISTICS = ("sum", "square", "absmax", "abs")  # in the order of the C++ kernel
 
 
 def salience(y: Tensor, dy: Tensor, spans: Tensor, unit_size: int) -> Tensor:

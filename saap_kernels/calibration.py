@@ -14,7 +14,8 @@ from saap_kernels import _checks, activations, reference, weights
 
 SALIENCE = ("abs", "square", "mixed")
 COUPLED = ("first", "second", "mixed")
-STATISTICS = ("sum", "square", "absmax")
+STATISTICS = ("sum", "square", "absmax", "abs")
+DEFAULT_STATISTICS = ("sum", "square", "absmax")
 
 _library = torch.library.Library("saap", "DEF")
 _salience_arguments = (
@@ -102,12 +103,12 @@ def activation_salience(y: Tensor, dy: Tensor, spans: Tensor, *, unit_size: int 
 
 
 def activation_statistics(
-    x: Tensor, spans: Tensor, *, shift: Tensor | None = None, want: Sequence[str] = STATISTICS
+    x: Tensor, spans: Tensor, *, shift: Tensor | None = None, want: Sequence[str] = DEFAULT_STATISTICS
 ) -> Tensor:
     """Sums over each sequence's tokens: x (T, K) -> (len(want), S, K).
 
     "sum" and "square" are of x - shift, shift (K,) or 0: a shift near the mean keeps variances exact.
-    "absmax" is the largest |x|, without the shift.
+    "absmax" is the largest |x| and "abs" the sum of |x|, both without the shift.
     """
     wanted = _checks.check_want(want, STATISTICS)
     _checks.check_matrix("x", x, (None, None))
@@ -124,7 +125,7 @@ def activation_salience_statistics(
     *,
     unit_size: int = 1,
     shift: Tensor | None = None,
-    want: Sequence[str] = STATISTICS,
+    want: Sequence[str] = DEFAULT_STATISTICS,
 ) -> tuple[Tensor, Tensor]:
     """``activation_salience(x, dx)`` and ``activation_statistics(x)`` of the same rows, each read once."""
     wanted = _checks.check_want(want, STATISTICS)

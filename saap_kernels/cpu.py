@@ -99,12 +99,12 @@ def coupled_salience(
 def activation_sums(
     x: Tensor, dx: Tensor | None, spans: Tensor, shift: Tensor | None, statistics: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(S, K) sums of x * dx if ``dx`` is given; (3, S, K) sum, square and absmax if asked for; one read of each."""
+    """(S, K) sums of x * dx if ``dx`` is given; (4, S, K) of ``activations.STATISTICS`` if asked for."""
     native = _ext.native()
     assert native is not None  # the backend choice made sure
     sequences, features = len(spans), x.shape[1]
     salience = None if dx is None else torch.empty(sequences, features)
-    sums = torch.empty(3, sequences, features) if statistics else None
+    sums = torch.empty(4, sequences, features) if statistics else None
     spans = spans.contiguous()
     shift = None if shift is None else shift.float().contiguous()
     native.activation_sums_f32(

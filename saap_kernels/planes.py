@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saap_kernels.schedule import as_spans, first_blocks, masked_blocks
 
-PLANES = ("salience", "sum", "square", "absmax")
+PLANES = ("salience", "sum", "square", "absmax", "abs")
 
 
 @dataclass(frozen=True)

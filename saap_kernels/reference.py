@@ -123,7 +123,7 @@ def activation_salience(y: Tensor, dy: Tensor, spans: Tensor, unit_size: int) ->
 
 
 def activation_statistics(x: Tensor, spans: Tensor, shift: Tensor | None, want: Sequence[str]) -> Tensor:
-    """(len(want), S, K): per sequence sums over tokens of x - shift and its square, and max |x|."""
+    """(len(want), S, K): per sequence sums over tokens of x - shift and its square, max |x| and the sum of |x|."""
     dtype = compute_dtype(x)
     result = torch.empty(len(want), len(spans), x.shape[1], dtype=dtype, device=x.device)
     for index, (a, b) in enumerate(spans.tolist()):
@@ -133,5 +133,6 @@ def activation_statistics(x: Tensor, spans: Tensor, shift: Tensor | None, want: 
             if name == "absmax":
                 result[which, index] = rows.abs().amax(0)
             else:
-                result[which, index] = (moved if name == "sum" else moved.square()).sum(0)
+                terms = moved if name == "sum" else moved.square() if name == "square" else rows.abs()
+                result[which, index] = terms.sum(0)
     return result

@@ -1,4 +1,4 @@
-"""Triton: sums over tokens of x * dx, x, x^2 and max |x|, each operand read once.
+"""Triton: sums over tokens of x * dx, x, x^2, |x| and max |x|, each operand read once.
 
 Two ordered stages, no atomics: a program sums one token block of one feature block into
 partial[quantity, block, K]; the second kernel adds the blocks of each sequence in order.
@@ -20,8 +20,8 @@ FINISH_K = 128
 @triton.jit
 def activation_sums_kernel(
     x, dx, shift, blocks, partial, K, x_pitch, dx_pitch, plane,
-    SALIENCE: tl.constexpr, SUM: tl.constexpr, SQUARE: tl.constexpr, ABSMAX: tl.constexpr,  # plane of partial, or -1
-    SHIFTED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
+    SALIENCE: tl.constexpr, SUM: tl.constexpr, SQUARE: tl.constexpr,  # plane of partial, or -1
+    ABSMAX: tl.constexpr, ABS: tl.constexpr, SHIFTED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1)
     first, count = tl.load(blocks + 5 * block), tl.load(blocks + 5 * block + 1)
@@ -31,6 +31,7 @@ def activation_sums_kernel(
     total = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
     square = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
     largest = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    absolute = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
     if SHIFTED:
         about = tl.load(shift + features, mask=valid, other=0.0).to(tl.float32)
     for start in range(0, count, BLOCK_T):
@@ -43,6 +44,8 @@ def activation_sums_kernel(
             salience += values * gradient
         if ABSMAX >= 0:
             largest = tl.maximum(largest, tl.abs(values))
+        if ABS >= 0:
+            absolute += tl.abs(values)
         if SHIFTED:
             values = tl.where(mask, values - about[None, :], 0.0)
         if SUM >= 0:
@@ -58,6 +61,8 @@ def activation_sums_kernel(
         tl.store(out + SQUARE * plane, tl.sum(square, 0), mask=valid)
     if ABSMAX >= 0:
         tl.store(out + ABSMAX * plane, tl.max(largest, 0), mask=valid)
+    if ABS >= 0:
+        tl.store(out + ABS * plane, tl.sum(absolute, 0), mask=valid)
 
 
 @triton.jit
@@ -85,7 +90,7 @@ def sums(x: Tensor, dx: Tensor | None, spans: Tensor, shift: Tensor | None, want
             x, x if dx is None else dx, x if shift is None else shift, planes.blocks, partial, features,
             x.stride(0), x.stride(0) if dx is None else dx.stride(0), count * features,
             SALIENCE=slots["salience"], SUM=slots["sum"], SQUARE=slots["square"], ABSMAX=slots["absmax"],
-            SHIFTED=shift is not None, BLOCK_K=BLOCK_K, BLOCK_T=BLOCK_T, num_warps=WARPS,
+            ABS=slots["abs"], SHIFTED=shift is not None, BLOCK_K=BLOCK_K, BLOCK_T=BLOCK_T, num_warps=WARPS,
         )  # fmt: skip
         if planes.result is not partial:
             sequence_sums_kernel[(-(-features // FINISH_K), sequences, len(partial))](

@@ -2,7 +2,8 @@
 
 ``SaapLlamaForCausalLM`` and ``SaapLlamaModel`` build the stock Llama and give every layer's projections the
 sizes that ``config.per_layer_config`` states. ``config.saap_layout`` holds the paths of the layers and
-projections. Classes are made on request from the name, so one file serves every family.
+projections; parts with one path are rows of one Linear. Classes are made on request from the name, so one
+file serves every family.
 """
 
 import transformers
@@ -22,6 +23,35 @@ def set_head_counts(attention, query_heads, kv_heads):
                 setattr(attention, name, count)
 
 
+class SizedConfig:
+    """A configuration as the modules of one layer read it, or (index None) those outside the layers: with one size.
+
+    Everything else is read from the model's own one. A copy would keep the attention implementation that it was
+    made with, and masks made for another one go wrong silently.
+    """
+
+    def __init__(self, config, index=None):
+        layout = config.saap_layout
+        names = [layout[name] for name in ("query_heads", "kv_heads", "intermediate_size") if layout[name]]
+        sizes = vars(config if index is None else config.per_layer_config[index])
+        vars(self).update({name: sizes[name] for name in names}, model_config=config)
+
+    def __getattr__(self, name):
+        if name.startswith("__"):  # copy and pickle ask before there is a model_config
+            raise AttributeError(name)
+        return getattr(self.model_config, name)
+
+
+def share_config(model, layers, config):
+    """Give every module below the models the configuration with the sizes that it may read."""
+    owners = [(model, SizedConfig(config))] + [(layer, SizedConfig(config, i)) for i, layer in enumerate(layers)]
+    for owner, sized in owners:
+        for module in owner.modules():
+            own = vars(module).get("config")
+            if getattr(own, "model_config", own) is config and not isinstance(module, transformers.PreTrainedModel):
+                module.config = sized
+
+
 class _Resized:
     """Builds the base class with its global sizes, then resizes each layer."""
 
@@ -35,8 +65,10 @@ class _Resized:
         layout = config.saap_layout
         prefix = f"{self.base_model_prefix}."
         path = layout["layers"] if hasattr(self, self.base_model_prefix) else layout["layers"].removeprefix(prefix)
-        for index, layer in enumerate(self.get_submodule(path)):
-            self._resize(layer, config.per_layer_config[index], layout)
+        layers = self.get_submodule(path)
+        share_config(self, layers, config)
+        for index, layer in enumerate(layers):
+            self._resize(layer, SizedConfig(config, index), layout)
 
     def _resize(self, layer, config, layout):
         query_heads = getattr(config, layout["query_heads"])
@@ -45,12 +77,14 @@ class _Resized:
         head_dim = config.head_dim
         extents = {"q": query_heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim, "up": width}
         extents |= {"gate": width, "o": extents["q"], "down": width}
-        for part, path in layout["projections"].items():
+        paths = layout["projections"]
+        for path in dict.fromkeys(paths.values()):
             old = layer.get_submodule(path)
-            inside = part in ("o", "down")
-            if (old.in_features if inside else old.out_features) == extents[part]:
+            inside = path in (paths["o"], paths["down"])
+            extent = sum(extents[part] for part in paths if paths[part] == path)
+            if (old.in_features if inside else old.out_features) == extent:
                 continue
-            shape = (extents[part], old.out_features) if inside else (old.in_features, extents[part])
+            shape = (extent, old.out_features) if inside else (old.in_features, extent)
             new = nn.Linear(
                 *shape, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
             ).requires_grad_(old.weight.requires_grad)

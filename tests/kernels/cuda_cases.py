@@ -88,7 +88,7 @@ def test_activation_sums(tokens, features, aligned, dtype) -> None:
     dx = problem(tokens, 1, features, dtype, seed=1)[0]
     shift = torch.linspace(-1, 1, features)
     there = [tensor.contiguous() for tensor in on_device(x, dx)] if aligned else on_device(x, dx)
-    want = ["sum", "square", "absmax"]
+    want = ["sum", "square", "absmax", "abs"]
     planes = cuda.sums(*there, spans, shift.to(DEVICE), want)
     assert torch.equal(cuda.sums(*there, spans, None, []), planes[:1])
     assert torch.equal(cuda.sums(there[0], None, spans, shift.to(DEVICE), ["absmax", "sum"]), planes[[3, 1]])
@@ -101,6 +101,7 @@ def test_activation_sums(tokens, features, aligned, dtype) -> None:
         assert ((got[1] - moved.sum(0)).abs() <= moved.abs().sum(0) * rounding + 1e-6).all()
         assert ((got[2] - moved.square().sum(0)).abs() <= moved.square().sum(0) * 3 * rounding).all()
         assert torch.equal(got[3], rows.abs().amax(0))
+        assert ((got[4] - rows.abs().sum(0)).abs() <= rows.abs().sum(0) * rounding).all()
 
 
 def run(op: str, x, dy, *others, axis: str = "out", unit_size: int = 1) -> torch.Tensor:
@@ -108,12 +109,12 @@ def run(op: str, x, dy, *others, axis: str = "out", unit_size: int = 1) -> torch
     if op == "activation_salience":
         return cuda.sums(*on_device(x, dy), others[0], None, [])[0].cpu()
     if op == "activation_statistics":
-        return cuda.sums(*on_device(x), None, dy, None, ["sum", "square", "absmax"]).cpu()
+        return cuda.sums(*on_device(x), None, dy, None, ["sum", "square", "absmax", "abs"]).cpu()
     want = ORDERS if op == "weight_salience" else COUPLED
     return getattr(cuda, op)(*on_device(x, dy, others[0]), others[1], axis, unit_size, None, want, 1.0).cpu()
 
 
-@pytest.mark.parametrize("edge", [edges.one_token, edges.zero_gradient, edges.offsets_past_2_to_the_31])
+@pytest.mark.parametrize("edge", edges.EDGES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_edges(edge, dtype) -> None:
     edge(run, dtype, DEVICE)

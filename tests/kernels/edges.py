@@ -35,6 +35,26 @@ def zero_gradient(run: Run, dtype: torch.dtype, device: str = "cpu") -> None:
     assert not run("activation_salience", x, dx, spans).any()
 
 
+def parts_of_a_fused_linear(run: Run, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Row ranges of w and column ranges of dy and y, at any alignment, beside NaN that is never read."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((9, 24), (9, 43), (9, 43), (43, 24))
+    x, y, dy, w = (torch.randn(*shape, generator=generator).to(device, dtype) for shape in shapes)
+    spans = torch.tensor([[0, 4], [4, 9]], dtype=torch.int32)
+    for start, stop in ((0, 16), (16, 27), (27, 43)):
+        part = slice(start, stop)
+        alone_dy, alone_w = torch.full_like(dy, float("nan")), torch.full_like(w, float("nan"))
+        alone_dy[:, part], alone_w[part] = dy[:, part], w[part]
+        for axis in ("out", "in"):
+            got = run("weight_salience", x, alone_dy[:, part], alone_w[part], spans, axis=axis)
+            exact = oracles.weight_salience(x.cpu(), dy[:, part].cpu(), w[part].cpu(), spans, axis=axis)
+            torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=0)  # fp32: positive terms, 24 at most
+        signed = run("activation_salience", y[:, part], alone_dy[:, part], spans).double()
+        terms = [y[a:b, part].cpu().double() * dy[a:b, part].cpu().double() for a, b in spans.tolist()]
+        bound = torch.stack([term.abs().sum(0) for term in terms]) * 5 * 2**-23  # one rounding per term
+        assert ((signed - torch.stack([term.sum(0) for term in terms])).abs() <= bound).all()
+
+
 def offsets_past_2_to_the_31(run: Run, dtype: torch.dtype, device: str = "cpu") -> None:
     """Rows whose elements lie behind 2^31, in a storage of which only the pages of six rows are ever touched."""
     storage = torch.empty(5 * PITCH + 64, dtype=dtype, device=device)
@@ -58,3 +78,6 @@ def offsets_past_2_to_the_31(run: Run, dtype: torch.dtype, device: str = "cpu") 
         )  # w
     equal("activation_salience", (far, near), (near, near))
     equal("activation_statistics", (far,), (near,))
+
+
+EDGES = (one_token, zero_gradient, parts_of_a_fused_linear, offsets_past_2_to_the_31)

@@ -5,6 +5,7 @@ import torch
 
 import saap_kernels as K
 from saap_kernels import _ext
+from saap_kernels.calibration import STATISTICS
 from tests.kernels import oracles
 
 SHAPES = [
@@ -112,9 +113,9 @@ def test_native_activation_sums_read_once_and_agree_with_float64(features: int) 
     dx = problem(300, 1, features, torch.float32, seed=1)[0]
     shift = torch.linspace(-1, 1, features)
     with K.use_backend("cpu"):
-        signed, sums = K.activation_salience_statistics(x, dx, spans, shift=shift)
+        signed, sums = K.activation_salience_statistics(x, dx, spans, shift=shift, want=STATISTICS)
         assert torch.equal(signed, K.activation_salience(x, dx, spans))
-        assert torch.equal(sums, K.activation_statistics(x, spans, shift=shift))
+        assert torch.equal(sums[:3], K.activation_statistics(x, spans, shift=shift))
         assert torch.equal(sums[[2, 0]], K.activation_statistics(x, spans, shift=shift, want=("absmax", "sum")))
         unshifted = K.activation_statistics(x, spans, want=("sum",))[0]
     for index, (start, stop) in enumerate(spans.tolist()):
@@ -126,6 +127,7 @@ def test_native_activation_sums_read_once_and_agree_with_float64(features: int) 
         assert ((sums[0, index] - moved.sum(0)).abs() <= moved.abs().sum(0) * rounding + 1e-6).all()
         assert ((sums[1, index] - moved.square().sum(0)).abs() <= moved.square().sum(0) * 2 * rounding).all()
         assert torch.equal(sums[2, index].double(), rows.abs().amax(0))
+        assert ((sums[3, index] - rows.abs().sum(0)).abs() <= rows.abs().sum(0) * rounding).all()
         assert ((unshifted[index] - rows.sum(0)).abs() <= rows.abs().sum(0) * rounding).all()
 
 
@@ -165,12 +167,13 @@ def test_activation_salience_error_is_bounded_by_the_sum_of_absolute_terms(dtype
 def test_activation_statistics_sum_about_the_shift() -> None:
     x, _, _, _, spans = problem(60, 1, 7)
     shift = torch.randn(7, dtype=torch.float64)
-    total, square, largest = K.activation_statistics(x, spans, shift=shift)
+    total, square, largest, absolute = K.activation_statistics(x, spans, shift=shift, want=STATISTICS)
     for index, (start, stop) in enumerate(spans.tolist()):
         rows = x[start:stop]
         torch.testing.assert_close(total[index], (rows - shift).sum(0))
         torch.testing.assert_close(square[index], (rows - shift).square().sum(0))
         torch.testing.assert_close(largest[index], rows.abs().amax(0))
+        torch.testing.assert_close(absolute[index], rows.abs().sum(0))
     both = K.activation_salience_statistics(x, x, spans, shift=shift, want=("square",))
     assert torch.equal(both[0], K.activation_salience(x, x, spans)) and torch.equal(both[1][0], square)
 

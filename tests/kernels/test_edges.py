@@ -19,7 +19,7 @@ def runner(backend: str):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("edge", [edges.one_token, edges.zero_gradient, edges.offsets_past_2_to_the_31])
+@pytest.mark.parametrize("edge", edges.EDGES)
 def test_edges(edge, backend: str) -> None:
     edge(runner(backend), torch.float32)
 

@@ -8,6 +8,7 @@ import torch
 
 import saap_kernels as K
 from saap_kernels import tiled_salience, triton_weight_salience
+from saap_kernels.calibration import STATISTICS
 from saap_kernels.triton_weight_salience import TileConfig
 from tests.kernels import edges, oracles
 from tests.kernels.test_calibration_ops import SHAPES, assert_as_exact_as_eager, problem
@@ -108,7 +109,7 @@ def test_activation_ops(tokens, features, unit, dtype) -> None:
     shift = torch.linspace(-1, 1, features)
     there = (*on_device(x, dx), spans)
     with K.use_backend("triton"):
-        signed, sums = K.activation_salience_statistics(*there, unit_size=unit, shift=shift.to(DEVICE))
+        signed, sums = K.activation_salience_statistics(*there, unit_size=unit, shift=shift.to(DEVICE), want=STATISTICS)
         assert torch.equal(signed, K.activation_salience(*there, unit_size=unit))
         chosen = K.activation_statistics(there[0], spans, shift=shift.to(DEVICE), want=("absmax", "sum"))
         assert torch.equal(chosen, sums[[2, 0]])
@@ -120,6 +121,7 @@ def test_activation_ops(tokens, features, unit, dtype) -> None:
         assert ((sums[0, index].cpu() - moved.sum(0)).abs() <= moved.abs().sum(0) * rounding + 1e-6).all()
         assert ((sums[1, index].cpu() - moved.square().sum(0)).abs() <= moved.square().sum(0) * 3 * rounding).all()
         assert torch.equal(sums[2, index].cpu().double(), rows.abs().amax(0))
+        assert ((sums[3, index].cpu() - rows.abs().sum(0)).abs() <= rows.abs().sum(0) * rounding).all()
 
 
 def test_calibration_plans_the_same_as_the_cpu() -> None:
@@ -141,7 +143,7 @@ def run(op: str, *arguments, **options) -> torch.Tensor:
         return getattr(K, op)(*on_device(*arguments[:-1]), arguments[-1], **options).cpu()
 
 
-@pytest.mark.parametrize("edge", [edges.one_token, edges.zero_gradient, edges.offsets_past_2_to_the_31])
+@pytest.mark.parametrize("edge", edges.EDGES)
 def test_edges(edge) -> None:
     edge(run, torch.float16, DEVICE)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from saap.families import family_of, layers_of, linears_of
+from saap.families import family_of, layers_of, linears_of, projections_of
 from saap.units import MODULES, Units
 
 
@@ -34,19 +34,19 @@ def salience_per_sequence(model: PreTrainedModel, units: Units, sequences: list[
         with torch.enable_grad():
             sequence_loss(model, ids).backward()
         for layer_index, layer in enumerate(layers_of(model, family)):
-            linears = linears_of(layer, family)
+            projections = projections_of(layer, family)
             for module in MODULES:
-                _add_layer(results, units, layer_index, module, linears)
+                _add_layer(results, units, layer_index, module, projections)
     model.zero_grad(set_to_none=True)
     return {key: {name: torch.stack(rows) for name, rows in value.items()} for key, value in results.items()}
 
 
-def _add_layer(results: dict, units: Units, layer: int, module: str, linears: dict) -> None:
+def _add_layer(results: dict, units: Units, layer: int, module: str, projections: dict) -> None:
     owned = [units.indices(layer, module, unit) for unit in range(units.layers[layer].count(module))]
     for part in owned[0]:
-        linear = linears[part]
-        weight = (linear.weight * linear.weight.grad).detach()
-        bias = None if linear.bias is None else (linear.bias * linear.bias.grad).detach()
+        linear, rows = projections[part].linear, projections[part].rows
+        weight = (linear.weight * linear.weight.grad).detach()[rows]
+        bias = None if linear.bias is None else (linear.bias * linear.bias.grad).detach()[rows]
         sums: dict[str, list[Tensor]] = {"signed": [], "first": [], "second": [], "mixed": []}
         for unit in owned:
             axis, where = unit[part]

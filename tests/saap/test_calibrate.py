@@ -14,9 +14,8 @@ from saap.moments import Moments
 from saap.statistics import ORDERS, Statistics
 from saap.units import MODULES, discover, unit_masks
 from tests.saap.oracle import salience_per_sequence, sequence_loss
-from tests.saap.tiny import tiny_model
+from tests.saap.tiny import FAMILIES, tiny_model
 
-FAMILIES = ("llama", "mistral", "qwen2", "opt")
 # float64 end to end except the fp32 weights' statistics contract: rounding only
 TIGHT = {"rtol": 1e-8, "atol": 1e-14}
 
@@ -34,6 +33,7 @@ def measure(model, batches, **options) -> Statistics:
 
 def assert_same(left: Statistics, right: Statistics, rtol: float = 1e-9) -> None:
     assert left.sequences == right.sequences and left.tokens == right.tokens
+    torch.testing.assert_close(left.influence, right.influence, rtol=rtol, atol=0)
     for name in MODULES:
         for key, tensor in left.modules[name].tensors().items():
             other = right.modules[name].tensors()[key]
@@ -52,12 +52,14 @@ def test_every_salience_equals_brute_force_autograd(family: str) -> None:
         module, offsets = got.modules[name], units.offsets(name)
         row, where = module.rows.index(part), slice(offsets[layer], offsets[layer + 1])
         a = sums["signed"]
-        vector = {"first": a.abs(), "second": a.square(), "mixed": (a - a.square() / 2).abs()}
+        vector = torch.stack([a.abs(), a.square(), (a - a.square() / 2).abs()], 1)  # [S, 3, U]
+        element = torch.stack([sums[order] for order in ORDERS], 1)
         torch.testing.assert_close(module.signed[row, where], a.mean(0), **TIGHT)
-        for index, order in enumerate(ORDERS):
-            want = Moments.of(vector[order], sums[order])
-            for field, tensor in module.salience.tensors().items():
-                torch.testing.assert_close(tensor[index, row, where], want.tensors()[field], **TIGHT)
+        want = Moments.of(vector, element).tensors()
+        for field, tensor in module.salience.tensors().items():
+            torch.testing.assert_close(tensor[..., row, where], want[field], **TIGHT)
+        covariance = torch.einsum("sau,sbu->abu", vector - vector.mean(0), element - element.mean(0))
+        torch.testing.assert_close(module.salience.cross[..., row, where], covariance, **TIGHT)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -160,6 +162,20 @@ def test_input_statistics_are_those_of_the_inputs_of_o_and_down() -> None:
         torch.testing.assert_close(module.input_mean, inputs.mean(0), rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(module.input_m2, inputs.var(0) * (len(inputs) - 1), rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(module.input_absmax, inputs.abs().amax(0), rtol=1e-6, atol=1e-9)
+        per_sequence = inputs.view(*ids.shape, -1).abs().mean(1)
+        torch.testing.assert_close(module.input_activity, per_sequence.square().mean(0), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_block_influence_is_the_mean_over_tokens_of_one_minus_the_cosine(family: str) -> None:
+    model, ids = tiny_model(family), token_ids(4)
+    with torch.no_grad():
+        states = model.base_model(input_ids=ids, output_hidden_states=True).hidden_states
+    got = measure(model, [ids[:3], ids[3:]]).influence
+    for layer in range(2):  # the last entry of hidden_states is normed
+        cosine = torch.nn.functional.cosine_similarity(states[layer], states[layer + 1], dim=-1)
+        torch.testing.assert_close(got[layer], 1 - cosine.mean(), rtol=1e-9, atol=0)
+    assert got[2] > 0
 
 
 def test_weight_norms_cover_biases() -> None:
@@ -171,6 +187,15 @@ def test_weight_norms_cover_biases() -> None:
     up = torch.cat([layer.fc1.weight, layer.fc1.bias[:, None]], 1)
     torch.testing.assert_close(got.weight_l1[0, start:stop], up.abs().sum(1).detach())
     torch.testing.assert_close(got.weight_square[1, start:stop], layer.fc2.weight.square().sum(0).detach())
+
+
+def test_column_norms_are_those_of_o_and_down() -> None:
+    model = tiny_model("llama")
+    got = measure(model, [token_ids(1)]).modules
+    for name, path in (("attention", "self_attn.o_proj"), ("mlp", "mlp.down_proj")):
+        weight = torch.cat([layer.get_submodule(path).weight.detach() for layer in model.model.layers], 1)
+        torch.testing.assert_close(got[name].column_l1, weight.abs().sum(0))
+        torch.testing.assert_close(got[name].column_square, weight.square().sum(0))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -242,11 +267,12 @@ def test_running_out_of_memory_halves_the_micro_batch_and_loses_nothing(monkeypa
         calibrate(model, **options, batch_size=8)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_backends_agree_in_fp32(backend: str) -> None:
+def test_backends_agree_in_fp32(backend: str, family: str) -> None:
     ids = token_ids(4, 16)
-    exact = measure(tiny_model("llama"), [ids])
-    got = measure(tiny_model("llama", dtype=torch.float32), [ids], backend=backend)
+    exact = measure(tiny_model(family), [ids])
+    got = measure(tiny_model(family, dtype=torch.float32), [ids], backend=backend)
     for name in MODULES:
         want = exact.modules[name].salience
         for field in ("vector_mean", "element_mean"):

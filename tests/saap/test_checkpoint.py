@@ -15,9 +15,8 @@ from saap.compact import compact
 from saap.families import layers_of
 from saap.plan import LayerPlan, Plan
 from saap.units import discover, unit_masks
-from tests.saap.tiny import tiny_model, tiny_tokenizer
+from tests.saap.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
-FAMILIES = ("llama", "mistral", "qwen2", "opt")
 NON_UNIFORM = (((0, 2, 3), range(0, 90, 2)), ((1,), range(5, 38)), ((0, 1, 2, 3), range(97)))
 UNIFORM = (((0, 2), range(0, 64)), ((1, 3), range(33, 97)), ((0, 3), [*range(32), *range(40, 72)]))
 
@@ -89,7 +88,8 @@ def test_saving_twice_writes_identical_weights(tmp_path, family: str) -> None:
 def test_base_model_loads_with_the_same_hidden_states(tmp_path, family: str) -> None:
     model = tiny_model(family, torch.float32)
     save(compact(model, make_plan(model)), tmp_path / "out")
-    base = AutoModel.from_pretrained(tmp_path / "out").eval()
+    attention = model.config._attn_implementation
+    base = AutoModel.from_pretrained(tmp_path / "out", attn_implementation=attention).eval()
     with torch.no_grad():
         assert torch.equal(base(ids()).last_hidden_state, model.base_model(ids()).last_hidden_state)
 
@@ -203,8 +203,8 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 import torch
 from transformers import AutoModelForCausalLM, AutoModel, AutoConfig
-folder = sys.argv[1]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+folder, attention = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation=attention).eval()
 base = AutoModel.from_pretrained(folder, trust_remote_code=True)
 assert type(base).__name__.startswith("Saap") and "saap" not in sys.modules
 torch.save  # the result travels as text
@@ -220,7 +220,7 @@ def test_trust_remote_code_loads_where_saap_is_not_importable(tmp_path, family: 
     model = tiny_model(family, torch.float32)
     save(compact(model, make_plan(model)), tmp_path / "out")
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "hf/modules")}
-    command = [sys.executable, "-I", "-c", ISOLATED, str(tmp_path / "out")]
+    command = [sys.executable, "-I", "-c", ISOLATED, str(tmp_path / "out"), model.config._attn_implementation]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
@@ -235,11 +235,14 @@ def test_the_template_is_under_200_lines_and_imports_nothing_of_ours() -> None:
     assert not any("import saap" in t or "from saap" in t for t in text)
 
 
-def test_peft_lora_attaches_trains_and_merges(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("family", "targets"), [("llama", ["q_proj", "down_proj"]), ("phi3", ["qkv_proj", "down_proj"])]
+)
+def test_peft_lora_attaches_trains_and_merges(tmp_path, family: str, targets: list[str]) -> None:
     peft = pytest.importorskip("peft", reason="peft is an optional extra")
-    model = tiny_model("llama", torch.float32)
+    model = tiny_model(family, torch.float32)
     save(compact(model, make_plan(model)), tmp_path / "out")
-    wrapped = peft.get_peft_model(load(tmp_path / "out"), peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2))
+    wrapped = peft.get_peft_model(load(tmp_path / "out"), peft.LoraConfig(target_modules=targets, r=2))
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=1.0)
     for _ in range(2):  # the first step moves B away from zero, the second A
         wrapped(input_ids=ids(), labels=ids()).loss.backward()

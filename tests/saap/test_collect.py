@@ -93,20 +93,20 @@ def test_misuse_is_named_and_the_model_left_as_found() -> None:
     assert discover(model)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "opt", "phi3"])
 def test_coupled_salience_takes_the_mean_over_sequences_first(family: str, tmp_path) -> None:
-    from saap.families import family_of, layers_of, linears_of
+    from saap.families import family_of, layers_of, projections_of
     from tests.saap.oracle import sequence_loss
 
     model, ids = tiny_model(family), token_ids(3)
     statistics = saap.calibrate(model, data=ids, samples=3, seq_len=12, coupled=True)
-    layer = linears_of(layers_of(model, family_of(model))[1], family_of(model))
+    layer = projections_of(layers_of(model, family_of(model))[1], family_of(model))
     for part, axis, size in (("up", 1, 1), ("down", 0, 1), ("q", 1, statistics.units.layers[1].rows_per_unit("q"))):
-        linear, saliences, of_bias = layer[part], [], []
+        (linear, rows), saliences, of_bias = (layer[part].linear, layer[part].rows), [], []
         for sequence in ids:
             model.zero_grad()
             sequence_loss(model, sequence).backward()
-            saliences.append((linear.weight * linear.weight.grad).detach())
+            saliences.append((linear.weight * linear.weight.grad).detach()[rows])
             of_bias.append((linear.bias * linear.bias.grad).detach() if linear.bias is not None and axis else None)
         mean, square = sum(saliences) / 3, sum(s.square() for s in saliences) / 3
         lines = (mean - square / 2).abs().sum(axis)

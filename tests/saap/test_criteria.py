@@ -122,6 +122,41 @@ def test_aggregations_combine_the_coupled_matrices(aggregation: str) -> None:
     torch.testing.assert_close(joint, total)
 
 
+@pytest.mark.parametrize("fusion", ["uncertainty", "mean", "vector", "element"])
+@pytest.mark.parametrize("aggregation", ["joint", "sum", "last"])
+def test_fluctuation_is_the_deviation_over_sequences_by_the_mean(aggregation: str, fusion: str) -> None:
+    model, ids = tiny_model("llama"), token_ids(5)
+    statistics = measure(model, [ids])
+    options = {"aggregation": aggregation, "fusion": fusion}
+    scores = score(statistics, "saap", **options)
+    assert scores.fluctuation is not None
+    # the same fused importance of every sequence by itself: with the scales of all sequences together
+    single = [measure(model, [row[None]]) for row in ids]
+    kinds = {"vector": {"order": "second"}, "element": {"order": "first"}}
+    scale = {"uncertainty": None, "mean": (0.5, 0.5), "vector": (1, 0), "element": (0, 1)}[fusion]
+    if scale is None:
+        wholes = [score(statistics, kind, aggregation=aggregation, **order) for kind, order in kinds.items()]
+        scale = [1 / (2 * torch.cat([whole.attention, whole.mlp]).mean()) for whole in wholes]
+    for name in ("attention", "mlp"):
+        rows = torch.stack([
+            sum(
+                share * getattr(score(one, kind, aggregation=aggregation, **order), name)
+                for share, (kind, order) in zip(scale, kinds.items(), strict=True)
+            )
+            for one in single
+        ])  # fmt: skip
+        torch.testing.assert_close(getattr(scores, name), rows.mean(0), rtol=1e-8, atol=1e-15)
+        torch.testing.assert_close(scores.fluctuation[name], rows.std(0) / rows.mean(0), rtol=1e-6, atol=1e-12)
+
+
+def test_importances_without_a_value_per_sequence_have_no_fluctuation() -> None:
+    statistics = measure(tiny_model("llama"), [token_ids()])
+    assert score(statistics, "saap", aggregation="prod").fluctuation is None
+    assert score(statistics, "magnitude").fluctuation is None
+    alone = score(measure(tiny_model("llama"), [token_ids(1)]), "element").fluctuation
+    assert alone is not None and all(not values.any() for values in alone.values())
+
+
 def test_own_callables_work_and_are_checked() -> None:
     statistics = measure(tiny_model("llama"), [token_ids()])
     own = score(
@@ -141,7 +176,8 @@ def test_own_callables_work_and_are_checked() -> None:
 @pytest.mark.parametrize(
     ("criterion", "options", "message"),
     [
-        ("best", {}, "unknown criterion 'best'; known: saap, vector, element, mask_gradient, magnitude, random"),
+        ("best", {}, "unknown criterion 'best'; known: saap, vector, element, mask_gradient, flap, wanda_sp"),
+        ("vector", {"coupled": True, "order": "second"}, "order must be one of first; got 'second'"),
         ("vector", {"order": "third"}, "order must be one of first, second, mixed; got 'third'"),
         ("element", {"aggregation": "mean"}, "aggregation must be one of joint, sum, prod, max, last"),
         ("saap", {"fusion": "product"}, "fusion must be one of uncertainty, mean, vector, element"),

@@ -13,12 +13,10 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from saap.families import _FAMILIES, Family, family_of, known_families, layers_of, linears_of, register_family
+from saap.families import _FAMILIES, Family, family_of, known_families, layers_of, projections_of, register_family
 from saap.refuse import refuse_nonfinite_weights
 from saap.units import Units, discover
-from tests.saap.tiny import tiny_model
-
-FAMILIES = ("llama", "mistral", "qwen2", "opt")
+from tests.saap.tiny import FAMILIES, tiny_model
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -28,8 +26,8 @@ def test_every_prunable_weight_belongs_to_exactly_one_unit(name: str) -> None:
     assert units.family == name and name in known_families()
     row = family_of(model)
     for index, layer in enumerate(layers_of(model, row)):
-        linears = linears_of(layer, row)
-        counts = {part: torch.zeros_like(linear.weight) for part, linear in linears.items()}
+        projections = projections_of(layer, row)
+        counts = {part: torch.zeros_like(p.weight) for part, p in projections.items()}
         for module in ("attention", "mlp"):
             removable = 0
             for unit in range(units.layers[index].count(module)):
@@ -37,11 +35,11 @@ def test_every_prunable_weight_belongs_to_exactly_one_unit(name: str) -> None:
                     rows = list(where)
                     if axis == "out":
                         counts[part][rows] += 1
-                        removable += linears[part].weight[rows].numel()
-                        removable += len(rows) if linears[part].bias is not None else 0
+                        removable += projections[part].weight[rows].numel()
+                        removable += len(rows) if projections[part].bias is not None else 0
                     else:
                         counts[part][:, rows] += 1
-                        removable += linears[part].weight[:, rows].numel()
+                        removable += projections[part].weight[:, rows].numel()
             assert removable == units.layers[index].parameters(module)
         assert all((count == 1).all() for count in counts.values())
 
@@ -79,7 +77,8 @@ def test_fingerprint_ignores_dtype_but_not_weights() -> None:
 
 def test_unknown_family_lists_the_known() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16, n_positions=8))
-    with pytest.raises(ValueError, match="unknown model family 'gpt2'; known: llama, mistral, opt, qwen2"):
+    known = "gemma2, llama, mistral, opt, phi3, qwen2, qwen3"
+    with pytest.raises(ValueError, match=f"unknown model family 'gpt2'; known: {known}"):
         discover(model)
 
 

@@ -31,7 +31,7 @@ def brute_force(model, seq_len: int) -> tuple[float, int]:
     return total / tokens, tokens
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma2"])
 @pytest.mark.parametrize("seq_len", [7, 16, 64])
 def test_perplexity_is_the_token_weighted_mean_over_windows(family: str, seq_len: int) -> None:
     model = tiny_model(family)

@@ -34,7 +34,7 @@ def test_other_safetensors_files_are_refused(tmp_path) -> None:
     from safetensors.torch import save_file
 
     save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="expected saap-statistics-1, got format None"):
+    with pytest.raises(ValueError, match="expected saap-statistics-2, got format None"):
         Statistics.load(tmp_path / "other.safetensors")
 
 

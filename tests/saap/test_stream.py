@@ -13,8 +13,8 @@ import saap
 from saap.cli import app
 from saap.stream import resolve_streaming
 from saap.units import MODULES
-from tests.saap.test_calibrate import FAMILIES, assert_same, token_ids
-from tests.saap.tiny import tiny_model, tiny_tokenizer
+from tests.saap.test_calibrate import assert_same, token_ids
+from tests.saap.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 OPTIONS = {"samples": 7, "seq_len": 12, "batch_size": 3}  # the last micro-batch is smaller
 

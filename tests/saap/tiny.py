@@ -1,27 +1,53 @@
 """Tiny random models and a tokenizer for tests: odd sizes, non-zero biases, grouped-query attention."""
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTConfig, PreTrainedModel, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+FAMILIES = {
+    "llama": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "head_dim": 8}),
+    "mistral": (MistralConfig, {"head_dim": 8}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"attention_bias": True, "head_dim": 16}),
+    "gemma2": (
+        Gemma2Config,
+        {
+            "attention_bias": True, "head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 4,
+            "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0, "attn_implementation": "eager",
+        },
+    ),
+    "phi3": (
+        Phi3Config,
+        {
+            "sliding_window": 6, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "opt": (OPTConfig, {"ffn_dim": 97, "word_embed_proj_dim": 64, "dropout": 0.0}),
+}  # fmt: skip
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides) -> PreTrainedModel:
-    common = {
+    kind, own = FAMILIES[family]
+    sizes = {
         "vocab_size": 64,
         "hidden_size": 64,
         "num_hidden_layers": 3,
         "num_attention_heads": 8,
         "max_position_embeddings": 64,
     }
-    if family == "opt":
-        config = OPTConfig(**common | {"ffn_dim": 97, "word_embed_proj_dim": 64, "dropout": 0.0} | overrides)
-    else:
-        kind = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[family]
-        grouped = {"intermediate_size": 97, "num_key_value_heads": 4, "head_dim": 8}
-        if family == "llama":
-            grouped |= {"attention_bias": True, "mlp_bias": True}
-        if family == "qwen2":
-            grouped.pop("head_dim")
-        config = kind(**common | grouped | overrides)
+    if family != "opt":
+        sizes |= {"intermediate_size": 97, "num_key_value_heads": 4}
+    config = kind(**sizes | own | overrides)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     torch.manual_seed(seed)  # after construction, so that every dtype draws the same weights
     with torch.no_grad():

@@ -1,0 +1,132 @@
+"""What a search can remove: runs of the lowest units of each module, what they save and what they lose."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saap.resources import Resource
+from saap.scores import Scores
+
+Key = tuple[int, str]  # layer and module
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What can be removed from one module of one layer, in order of rising score.
+
+    One candidate is one KV head, or as many channels as keep the width a multiple. ``order`` lists the
+    units by score, ``ends[i]`` is how many units are gone after i candidates; ``saved`` and ``lost`` are what
+    those candidates save of the resource and lose of the score together, both (n + 1,) from 0 on.
+    """
+
+    order: Tensor
+    ends: Tensor
+    saved: Tensor
+    lost: Tensor
+
+    @classmethod
+    def of(
+        cls, scores: Scores, layer: int, module: str, multiple: int, resource: Resource, *, by_unit: bool
+    ) -> "Candidates":
+        """Candidates of one module; ``by_unit`` takes scores as they are, not per saved resource."""
+        sizes = scores.units.layers[layer]
+        values, order = scores.layer(layer, module).sort(stable=True)
+        count = len(values)
+        if module == "attention":
+            ends = torch.arange(max(1, count))
+        else:
+            first = count % multiple or multiple  # the first step brings the width to a multiple
+            ends = torch.tensor([0, *range(first, count - multiple + 1, multiple)])
+        cost = resource.module(sizes, module, (count - ends).double())
+        saved = (cost[0] - cost).cummax(0).values  # where a smaller size is no faster nothing is saved
+        lost = torch.cat([values.new_zeros(1), values.cumsum(0)])[ends]
+        if by_unit:
+            lost = torch.cat([lost[:1], (lost.diff() / ends.diff() * saved.diff()).cumsum(0)])
+        return cls(order, ends, saved, lost)
+
+    def kept(self, removed: int) -> tuple[int, ...]:
+        """Indices kept after removing the first ``removed`` candidates, ascending."""
+        return tuple(self.order[int(self.ends[removed]) :].sort().values.tolist())
+
+    def steps(self) -> tuple[Tensor, Tensor]:
+        """Ends (m,) and densities (m,) of the steps that a ranking takes: lost score per saved resource, rising.
+
+        Candidates join one step where the next would be cheaper, or saves nothing by itself: the corners of
+        the lower convex hull of ``lost`` over ``saved``.
+        """
+        density = self.lost.diff() / self.saved.diff()
+        if len(density) and bool((self.saved.diff() > 0).all()) and bool((density.diff() >= 0).all()):
+            return torch.arange(1, len(self.ends)), density
+        hull = [0]
+        points = list(zip(self.saved.tolist(), self.lost.tolist(), strict=True))
+        for index in range(1, len(points)):
+            if points[index][0] <= points[hull[-1]][0]:
+                continue  # saves nothing over a smaller step
+            while len(hull) > 1 and _slope(points, hull[-1], index) <= _slope(points, hull[-2], hull[-1]):
+                hull.pop()
+            hull.append(index)
+        corners = torch.tensor(hull)
+        return corners[1:], self.lost[corners].diff() / self.saved[corners].diff()
+
+
+def _slope(points: list[tuple[float, float]], start: int, stop: int) -> float:
+    return (points[stop][1] - points[start][1]) / (points[stop][0] - points[start][0])
+
+
+def in_order_of_density(candidates: dict[Key, Candidates], target: float) -> dict[Key, int]:
+    """How many candidates of each module go when steps go by rising density until ``target`` is saved.
+
+    The last step is cut short where fewer of its candidates are enough.
+    """
+    keys = list(candidates)
+    steps = [candidates[key].steps() for key in keys]
+    density = torch.cat([d for _, d in steps])
+    owner = torch.repeat_interleave(torch.tensor([len(d) for _, d in steps]))
+    saved = torch.cat([candidates[key].saved[ends].diff(prepend=density.new_zeros(1)) for key, (ends, _) in
+                       zip(keys, steps, strict=True)])  # fmt: skip
+    order = density.sort(stable=True).indices
+    total = saved[order].cumsum(0)
+    taken = min(int(torch.searchsorted(total, target)) + 1, len(order))
+    counts = torch.bincount(owner[order[:taken]], minlength=len(keys)).tolist()
+    removed = {key: int(ends[n - 1]) if n else 0 for key, n, (ends, _) in zip(keys, counts, steps, strict=True)}
+    last = keys[int(owner[order[taken - 1]])]
+    surplus = float(total[taken - 1]) - target
+    enough = candidates[last].saved >= candidates[last].saved[removed[last]] - surplus
+    return removed | {last: min(removed[last], int(enough.int().argmax()))}
+
+
+def same_everywhere(candidates: dict[Key, Candidates], target: float, *, cheapest: bool) -> dict[Key, int]:
+    """Remove the same number of candidates per module from every layer.
+
+    ``cheapest`` tries every number of KV heads and keeps the one of lowest total score; otherwise
+    the number of heads nearest to the asked share is used, or the next one that reaches the target.
+    """
+    heads_saved, heads_lost = _over_layers(candidates, "attention")
+    steps_saved, steps_lost = _over_layers(candidates, "mlp")
+    heads = len(heads_saved) - 1
+    everything = sum(float(c.saved[-1] + (c.saved[1] if len(c.saved) > 1 else 0)) for (_, m), c in candidates.items()
+                     if m == "attention") + float(steps_saved[-1])  # fmt: skip
+    best: tuple[float, int, int] | None = None
+    for removed_heads in range(heads + 1):
+        removed_steps = int(torch.searchsorted(steps_saved, target - heads_saved[removed_heads]))
+        if removed_steps == len(steps_saved):
+            continue
+        if cheapest:
+            loss = float(heads_lost[removed_heads] + steps_lost[removed_steps])
+        else:
+            loss = abs(removed_heads - target / everything * (heads + 1)) if heads else 0.0
+        if best is None or loss < best[0]:
+            best = (loss, removed_heads, removed_steps)
+    if best is None:
+        raise ValueError("the ratio cannot be reached with the same sizes in every layer; use uniform=False")
+    return {(layer, module): best[1] if module == "attention" else best[2] for layer, module in candidates}
+
+
+def _over_layers(candidates: dict[Key, Candidates], module: str) -> tuple[Tensor, Tensor]:
+    """Sums over layers of ``saved`` and ``lost`` by the number of candidates, as far as every layer has them."""
+    found = [c for (_, m), c in candidates.items() if m == module]
+    if not found:
+        return torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    most = min(len(c.ends) for c in found)
+    return sum(c.saved[:most] for c in found), sum(c.lost[:most] for c in found)  # type: ignore[return-value]
