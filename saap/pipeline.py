@@ -12,7 +12,7 @@ from saap import console
 from saap.calibrate import calibrate
 from saap.checkpoint import refuse_existing, save
 from saap.compact import compact
-from saap.criteria import CRITERIA, Scores, score
+from saap.criteria import CRITERIA, score
 from saap.data import check_tokenizer, load_documents
 from saap.evaluate import Evaluation, evaluate
 from saap.evaluate_baselines import check_baselines, evaluate_baselines
@@ -20,6 +20,7 @@ from saap.memory import available_bytes, weight_bytes
 from saap.micro_batches import fit_micro_batches
 from saap.plan import Plan
 from saap.report import REPORT_FILE, report_into, shown_name
+from saap.scores import Scores
 from saap.search import check_ratio, search
 from saap.statistics import Statistics
 from saap.stopwatch import Stopwatch

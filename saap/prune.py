@@ -8,10 +8,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap.calibrate import calibrate
 from saap.compact import compact
-from saap.criteria import Criterion, Scores, score
+from saap.criteria import Criterion, score
 from saap.evaluate import Evaluation, evaluate
 from saap.micro_batches import Progress
 from saap.plan import Plan
+from saap.scores import Scores
 from saap.search import check_ratio, search
 from saap.statistics import Statistics
 from saap.stopwatch import Stopwatch

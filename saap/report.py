@@ -12,13 +12,13 @@ import transformers
 from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
-from saap.criteria import Scores
 from saap.evaluate import Evaluation
 from saap.plan import Plan, write_atomically
 from saap.prune import PruneResult
 from saap.report_data import Fact, Report, Widths
 from saap.report_page import render
 from saap.report_scores import module_scores
+from saap.scores import Scores
 from saap.statistics import Statistics
 from saap.version import __version__
 
@@ -78,7 +78,6 @@ def describe_pruning(
     """Gather the report of one pruned model; of the values of ``files`` only the last part of a path is shown."""
     before, after = plan.units.layers, plan.layers
     criterion = str(plan.settings.get("criterion", ""))
-    drawn, fluctuation_of = ([], "") if scores is None else module_scores(plan, scores, statistics)
     rows = [] if evaluation is None else [("pruned", evaluation), *baselines]
     if evaluation is not None and evaluation.against is not None:
         rows.insert(0, ("dense", evaluation.against))
@@ -97,9 +96,8 @@ def describe_pruning(
             Widths("KV heads", [old.kv_heads for old in before], [len(new.kv_heads) for new in after]),
             Widths("MLP channels", [old.intermediate_size for old in before], [len(new.channels) for new in after]),
         ],
-        scores=drawn,
+        scores=[] if scores is None else module_scores(plan, scores),
         criterion=criterion,
-        fluctuation_of=fluctuation_of,
         evaluations=[(row, {**found.to_dict(), "against": None}) for row, found in rows],
         settings=settings,
         timings=dict(timings or {}),

@@ -42,7 +42,7 @@ class Report:
 
     ``names`` are those of the model before and after; ``evaluations`` hold (name, Evaluation as a dict), the
     model that the others are compared with first; ``settings`` are {section: {name: value}} and ``timings``
-    seconds by stage. ``fluctuation_of`` names the criterion whose fluctuation the points show.
+    seconds by stage.
     """
 
     title: str
@@ -52,7 +52,6 @@ class Report:
     widths: list[Widths]
     scores: list[ModuleScores] = field(default_factory=list)
     criterion: str = ""
-    fluctuation_of: str = ""
     evaluations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)

@@ -5,11 +5,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saap.charts import HeatRows, Point
-from saap.criteria import Scores
-from saap.fluctuation import fluctuation
 from saap.plan import Plan
 from saap.report_data import ModuleScores
-from saap.statistics import Statistics
+from saap.scores import Scores
 from saap.units import MODULES
 
 BINS = 64  # columns of a heat map
@@ -17,21 +15,18 @@ POINTS = 1500  # per module
 NAMES = {"attention": "KV heads", "mlp": "MLP channels"}
 
 
-def module_scores(plan: Plan, scores: Scores, statistics: Statistics | None) -> tuple[list[ModuleScores], str]:
-    """What the charts of scores show for each module that has units, and the criterion whose fluctuation it is.
-
-    The fluctuation is missing ("" and no points) without statistics of at least two sequences.
-    """
-    varied = None if statistics is None else fluctuation(statistics, scores.settings)
+def module_scores(plan: Plan, scores: Scores) -> list[ModuleScores]:
+    """What the charts of scores show for each module that has units; no points without a fluctuation."""
+    varied = scores.fluctuation
     found = []
     for module in MODULES:
         if not plan.units.count(module):
             continue
         kept = _kept(plan, module)
         values = getattr(scores, module)
-        points = [] if varied is None else _points(values, varied[0][module], kept)
+        points = [] if varied is None else _points(values, varied[module], kept)
         found.append(ModuleScores(NAMES[module], _heat(plan, scores, module, kept), points, len(values)))
-    return found, "" if varied is None else varied[1]
+    return found
 
 
 def _kept(plan: Plan, module: str) -> Tensor:

@@ -10,13 +10,13 @@ import saap
 from saap.compact import compact
 from saap.cost import cost_of
 from saap.model_info import model_info
-from tests.saap.test_checkpoint import make_plan
+from tests.saap.test_checkpoint import FAMILIES, make_plan
 from tests.saap.test_cli import run
 from tests.saap.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", ["dense", "uniform", "non-uniform"])
 def test_info_equals_the_loaded_model(tmp_path, family: str, shape: str, tied: bool) -> None:
     model = tiny_model(family, torch.bfloat16, tie_word_embeddings=tied)
@@ -86,7 +86,7 @@ def test_what_is_no_model_directory_is_named(tmp_path) -> None:
     assert "expected .safetensors weights in" in message(tmp_path / "m")
     save_file(tensors, weights)
     config.write_text(json.dumps({"model_type": "gpt2", "n_layer": 1, "n_embd": 64, "n_head": 8, "vocab_size": 64}))
-    assert "unknown model family 'gpt2'; known: llama, mistral, opt, qwen2" in message(tmp_path / "m")
+    assert "unknown model family 'gpt2'; known: " in message(tmp_path / "m")
     config.write_text(json.dumps({"model_type": "no-such-model"}))
     assert "no-such-model" in message(tmp_path / "m")
     config.write_text("{")
