@@ -102,6 +102,8 @@ def _by_unit(stats: Statistics, name: str, features: Tensor, *, mean: bool) -> T
     bounds = stats.units.feature_offsets(name)
     parts = []
     for index, layer in enumerate(stats.units.layers):
+        if not layer.count(name):
+            continue
         rows = features[bounds[index] : bounds[index + 1]].view(layer.count(name), -1)  # [U_l, features per unit]
         parts.append(rows.mean(1) if mean else rows.sum(1))
     return torch.cat(parts)

@@ -27,17 +27,21 @@ class Candidates:
 
     @classmethod
     def of(
-        cls, scores: Scores, layer: int, module: str, multiple: int, resource: Resource, *, by_unit: bool
-    ) -> "Candidates":
-        """Candidates of one module; ``by_unit`` takes scores as they are, not per saved resource."""
+        cls, scores: Scores, layer: int, module: str, multiple: int, resource: Resource,
+        *, by_unit: bool = False, allow_empty: bool = False,
+    ) -> "Candidates":  # fmt: skip
+        """Candidates of one module; ``by_unit`` takes scores as they are, not per saved resource.
+
+        ``allow_empty`` lets the last KV head or the last multiple of channels go too.
+        """
         sizes = scores.units.layers[layer]
         values, order = scores.layer(layer, module).sort(stable=True)
         count = len(values)
         if module == "attention":
-            ends = torch.arange(max(1, count))
+            ends = torch.arange(count + 1 if allow_empty else max(1, count))
         else:
             first = count % multiple or multiple  # the first step brings the width to a multiple
-            ends = torch.tensor([0, *range(first, count - multiple + 1, multiple)])
+            ends = torch.tensor([0, *range(first, count + 1 - (0 if allow_empty else multiple), multiple)])
         cost = resource.module(sizes, module, (count - ends).double())
         saved = (cost[0] - cost).cummax(0).values  # where a smaller size is no faster nothing is saved
         lost = torch.cat([values.new_zeros(1), values.cumsum(0)])[ends]

@@ -85,6 +85,8 @@ class Collector:
         self._undo.add(handle.remove)
         for index, layer in enumerate(layers_of(model, self.family)):
             for linear, parts in projections_by_linear(layer, self.family).items():
+                if not self.statistics.units.layers[index].count(module_of(next(iter(parts)))):
+                    continue  # an attention or MLP of which nothing is left
                 self._undo.patch_forward(linear, self._recorded_forward(index, linear, parts))
             if self._read_weights:
                 self.measure_weights(index)
@@ -220,7 +222,7 @@ class Collector:
         batch.check()
         for (index, name), record in batch.layers.items():
             self._fold(index, name, record, batch)
-        for index in {index for index, _ in batch.layers}:
+        for index in batch.indices:
             sequences, tokens = self._folded[index]
             influence = self.statistics.influence
             influence[index] += (batch.influence(index) - influence[index]) * (batch.tokens / (tokens + batch.tokens))
@@ -249,6 +251,8 @@ class Collector:
         sizes = self.statistics.units.layers[index]
         for part, projection in projections_of(layers_of(self.model, self.family)[index], self.family).items():
             name = module_of(part)
+            if not sizes.count(name):
+                continue
             module = self.statistics.modules[name]
             row, start = module.matrices.index(part), self._offsets[name][index]
             units = slice(start, start + sizes.count(name))

@@ -50,7 +50,7 @@ def _describe(model: PreTrainedModel, family: Family, layers: tuple[LayerUnits, 
 def _cut_layer(layer: nn.Module, family: Family, sizes: LayerUnits, kept: LayerPlan) -> None:
     for linear, parts in projections_by_linear(layer, family).items():
         module = module_of(next(iter(parts)))
-        units = torch.tensor(kept.kv_heads if module == "attention" else kept.channels)
+        units = torch.tensor(kept.kv_heads if module == "attention" else kept.channels, dtype=torch.long)
         if len(units) == sizes.count(module):
             continue
         index = torch.cat([p.start + _lines(units, sizes.rows_per_unit(part)) for part, p in parts.items()])

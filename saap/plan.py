@@ -33,8 +33,14 @@ class Plan:
         if len(self.layers) != len(self.units.layers):
             raise ValueError(f"expected a plan for {len(self.units.layers)} layers, got {len(self.layers)}")
         for index, (layer, sizes) in enumerate(zip(self.layers, self.units.layers, strict=True)):
-            _check_kept(layer.kv_heads, sizes.kv_heads, f"layer {index}: kv_heads")
-            _check_kept(layer.channels, sizes.intermediate_size, f"layer {index}: channels")
+            empty = bool(self.settings.get("allow_empty"))
+            _check_kept(layer.kv_heads, sizes.kv_heads, f"layer {index}: kv_heads", empty)
+            _check_kept(layer.channels, sizes.intermediate_size, f"layer {index}: channels", empty)
+        for index in self.units.anchors:
+            if self.units.layers[index].kv_heads and not self.layers[index].kv_heads:
+                raise ValueError(
+                    f"layer {index}: expected at least one KV head to be kept, got none: caches count positions there"
+                )
 
     @property
     def uniform(self) -> bool:
@@ -74,6 +80,7 @@ class Plan:
             "written_by": f"saap {__version__}",
             "family": self.units.family,
             "fingerprint": self.units.fingerprint,
+            "anchors": self.units.anchors,
             "parameters": {
                 "dense": self.units.total_parameters,
                 "pruned": kept,
@@ -110,6 +117,7 @@ class Plan:
                 block_parameters=body["parameters"]["blocks_dense"],
                 fingerprint=body["fingerprint"],
                 head_parameters=body["parameters"]["head"],
+                anchors=tuple(body["anchors"]),
             )
             layers = tuple(
                 LayerPlan(
@@ -172,12 +180,12 @@ def from_ranges(text: str, name: str = "ranges") -> tuple[int, ...]:
     return tuple(indices)
 
 
-def _check_kept(kept: tuple[int, ...], count: int, name: str) -> None:
+def _check_kept(kept: tuple[int, ...], count: int, name: str, empty: bool) -> None:
     if any(b <= a for a, b in zip(kept, kept[1:], strict=False)):
         raise ValueError(f"{name} must be increasing and without repeats")
     if kept and (kept[0] < 0 or kept[-1] >= count):
         raise ValueError(f"{name} must lie in 0 to {count - 1}; got {kept[0]} to {kept[-1]}")
-    if count and not kept:
+    if count and not kept and not empty:
         raise ValueError(f"{name}: expected at least one unit to be kept, got none")
 
 

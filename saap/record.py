@@ -85,12 +85,14 @@ class BatchRecord:
         self.spans = spans
         self.lengths = (spans[:, 1] - spans[:, 0]).double()  # tokens of each sequence
         self.tokens = int(self.lengths.sum())
+        self.indices = tuple(layers)
         self._real: Tensor | None = None  # rows of all sequences, where the hidden states are
         self._influence: dict[int, Tensor] = {}
         self.layers = {
             (index, name): LayerRecord(parts, sizes.count(name), len(spans), coupled)
             for index, sizes in layers.items()
             for name, parts in matrices.items()
+            if sizes.count(name)
         }
 
     @torch.no_grad()

@@ -28,6 +28,7 @@ def search(
     protect: Iterable[int] = (),
     modules: Iterable[str] = MODULES,
     uniform: bool = False,
+    allow_empty: bool = False,
 ) -> Plan:
     """Choose which units to keep so that at least ``ratio`` of a resource is saved.
 
@@ -44,7 +45,8 @@ def search(
     changes. ``protect`` names layers left alone (negative counts from the end). ``uniform=True`` gives all
     layers the same sizes.
 
-    At least one KV head and ``multiple`` channels stay per layer. Deterministic; ties go to the lower
+    At least one KV head and ``multiple`` channels stay per layer, unless ``allow_empty`` lets whole attentions and
+    MLPs go; the attention of ``units.anchors`` stays in any case. Deterministic; ties go to the lower
     layer and index. Raises ValueError for bad options and, naming the largest, unreachable ratios.
     """
     units = scores.units
@@ -57,10 +59,17 @@ def search(
     whole = resource.whole(units, ratio_of)
     target = _target(whole, ratio, budget, resource, ratio_of)
     ranked = _ranked(scores, method, fluctuation_weight)
+    by_unit = method in ("standardised", "fluctuation")
     candidates = {
         (layer, module): Candidates.of(
-            ranked, layer, module, multiple, resource, by_unit=method in ("standardised", "fluctuation")
-        )
+            ranked,
+            layer,
+            module,
+            multiple,
+            resource,
+            by_unit=by_unit,
+            allow_empty=allow_empty and not (module == "attention" and layer in units.anchors),
+        )  # fmt: skip
         for layer in range(len(units.layers))
         if layer not in protected
         for module in modules
@@ -79,6 +88,7 @@ def search(
         "protect": sorted(protected),
         "modules": list(modules),
         "uniform": uniform,
+        "allow_empty": allow_empty,
     }
     settings |= resource.settings() | ({"fluctuation_weight": fluctuation_weight} if method == "fluctuation" else {})
     return Plan(units, _layers(units, candidates, removed), settings)

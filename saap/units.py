@@ -83,8 +83,9 @@ class Units:
     """All units of a model, by layer, plus what identifies the model.
 
     ``total_parameters`` counts tied tensors once and embeddings too; ``block_parameters`` counts the
-    decoder layers only, ``head_parameters`` the output head, tied or not. Units are addressed as
-    (layer, module, index), zero-based.
+    decoder layers only, ``head_parameters`` the output head, tied or not. ``anchors`` are the first layers
+    of each kind of attention, whose caches count positions. Units are addressed as (layer, module, index),
+    zero-based.
     """
 
     family: str
@@ -93,6 +94,7 @@ class Units:
     block_parameters: int
     fingerprint: str
     head_parameters: int = 0
+    anchors: tuple[int, ...] = (0,)
 
     def count(self, module: str) -> int:
         return sum(layer.count(module) for layer in self.layers)
@@ -136,7 +138,7 @@ class Units:
     def from_json(cls, text: str) -> "Units":
         fields = json.loads(text)
         layers = tuple(LayerUnits(**{**row, "biases": tuple(row["biases"])}) for row in fields.pop("layers"))
-        return cls(layers=layers, **fields)
+        return cls(layers=layers, **fields | {"anchors": tuple(fields["anchors"])})
 
 
 def discover(model: PreTrainedModel, family: str | None = None) -> Units:
@@ -157,7 +159,13 @@ def discover(model: PreTrainedModel, family: str | None = None) -> Units:
         block_parameters=sum(p.numel() for p in layers.parameters()),
         fingerprint=fingerprint(model, row),
         head_parameters=sum(p.numel() for p in model.get_output_embeddings().parameters()),
+        anchors=_anchors(model),
     )
+
+
+def _anchors(model: PreTrainedModel) -> tuple[int, ...]:
+    kinds = getattr(model.config, "layer_types", None) or ["attention"]
+    return tuple(sorted({kinds.index(kind) for kind in set(kinds)}))
 
 
 def _describe(layer: nn.Module, family: Family, index: int) -> LayerUnits:
@@ -223,7 +231,8 @@ def unit_masks(
                 sizes.count(module), dtype=dtype or weight.dtype, device=weight.device, requires_grad=True
             )
             masks[module].append(mask)
-            handles.append(linears[part].register_forward_pre_hook(_multiplier(mask)))
+            if len(mask):
+                handles.append(linears[part].register_forward_pre_hook(_multiplier(mask)))
     try:
         yield masks
     finally:

@@ -6,6 +6,8 @@ projections; parts with one path are rows of one Linear. Classes are made on req
 file serves every family.
 """
 
+import warnings
+
 import transformers
 from torch import nn
 
@@ -21,6 +23,16 @@ def set_head_counts(attention, query_heads, kv_heads):
         for name in names:
             if hasattr(attention, name):
                 setattr(attention, name, count)
+
+
+def skip_attention(attention, o_name):
+    """Make an attention without heads return what its output projection adds by itself: its bias, or nothing."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return self.get_submodule(o_name)(hidden_states[..., :0]), None
+
+    base = type(attention)
+    attention.__class__ = type(f"No{base.__name__}", (base,), {"forward": forward})
 
 
 class SizedConfig:
@@ -85,13 +97,18 @@ class _Resized:
             if (old.in_features if inside else old.out_features) == extent:
                 continue
             shape = (extent, old.out_features) if inside else (old.in_features, extent)
-            new = nn.Linear(
-                *shape, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
-            ).requires_grad_(old.weight.requires_grad)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of a module that is gone
+                new = nn.Linear(
+                    *shape, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
+                ).requires_grad_(old.weight.requires_grad)
             if not new.weight.is_meta:
                 self._init_weights(new)
             layer.set_submodule(path, new)
-        set_head_counts(layer.get_submodule(layout["attention"]), query_heads, kv_heads)
+        attention = layer.get_submodule(layout["attention"])
+        set_head_counts(attention, query_heads, kv_heads)
+        if query_heads == 0:
+            skip_attention(attention, paths["o"].removeprefix(layout["attention"] + "."))
 
 
 def model_class(name):
