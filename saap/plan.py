@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saap.units import LayerUnits, Units
+import torch
+from torch import Tensor
+
+from saap.units import LayerUnits, Units, module_of
 
 PLAN_FORMAT = 1
 
@@ -18,6 +21,12 @@ class LayerPlan:
 
     kv_heads: tuple[int, ...]
     channels: tuple[int, ...]
+
+    def features(self, part: str, sizes: LayerUnits) -> Tensor:
+        """Rows of a part's weight that stay, or columns of o and down: ascending, int64."""
+        units = torch.tensor(self.kv_heads if module_of(part) == "attention" else self.channels, dtype=torch.long)
+        width = sizes.rows_per_unit(part)
+        return (units[:, None] * width + torch.arange(width)).flatten()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 ``SaapLlamaForCausalLM`` and ``SaapLlamaModel`` build the stock Llama and give every layer's projections the
 sizes that ``config.per_layer_config`` states. ``config.saap_layout`` holds the paths of the layers and
-projections. Classes are made on request from the name, so one file serves every family.
+projections, and which of these have a bias. Classes are made on request from the name, so one file serves every family.
 """
 
 import transformers
@@ -48,12 +48,12 @@ class _Resized:
         for part, path in layout["projections"].items():
             old = layer.get_submodule(path)
             inside = part in ("o", "down")
-            if (old.in_features if inside else old.out_features) == extents[part]:
+            bias = old.bias is not None or part in layout.get("biases", ())
+            if (old.in_features if inside else old.out_features) == extents[part] and bias is (old.bias is not None):
                 continue
             shape = (extents[part], old.out_features) if inside else (old.in_features, extents[part])
-            new = nn.Linear(
-                *shape, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
-            ).requires_grad_(old.weight.requires_grad)
+            new = nn.Linear(*shape, bias=bias, device=old.weight.device, dtype=old.weight.dtype)
+            new.requires_grad_(old.weight.requires_grad)
             if not new.weight.is_meta:
                 self._init_weights(new)
             layer.set_submodule(path, new)
