@@ -39,6 +39,9 @@ RatioOf = Annotated[Literal["model", "blocks"], typer.Option(help="What the rati
 Multiple = Annotated[int, typer.Option(help="Kept MLP widths are multiples of this.")]
 Protect = Annotated[str, typer.Option(help="Layers left alone, such as 0,1,-1.")]
 Uniform = Annotated[bool, typer.Option("--uniform", help="The same sizes in every layer: saves as a stock model.")]
+Compensate = Annotated[
+    Literal["none", "bias", "least_squares"], typer.Option(help="Make up for what is removed; needs --data.")
+]
 Samples = Annotated[int, typer.Option(help="Calibration sequences.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per calibration sequence.")]
 BatchSize = Annotated[str, typer.Option(help="Sequences per micro-batch, or auto.")]
@@ -107,6 +110,7 @@ def prune(
     multiple: Multiple = 32,
     protect: Protect = "",
     uniform: Uniform = False,
+    compensate: Compensate = "none",
     samples: Samples = 128,
     seq_len: SeqLen = 512,
     batch_size: BatchSize = "auto",
@@ -137,7 +141,7 @@ def prune(
         }  # fmt: skip
         job = pipeline.Job(
             out, pipeline.parse_ratios(ratio, plan), data, plan, statistics, save_statistics, eval_text, criterion,
-            options, _calibration(samples, seq_len, batch_size, checkpoint, backend, seed), layout, force,
+            options, _calibration(samples, seq_len, batch_size, checkpoint, backend, seed), layout, force, compensate,
         )  # fmt: skip
         job.check_files()
         with console.screen.status("loading the model"):

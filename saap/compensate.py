@@ -65,8 +65,7 @@ def compensation(
     progress: Progress | None = None,
 ) -> Compensation:
     """What o and down of the dense ``model`` should become when ``plan`` is applied, for ``compact``."""
-    check_compensate(method, ("bias", "least_squares"))
-    _check_options(inputs, damping)
+    _check_options(method, inputs, damping)
     units = discover(model)
     plan.check_model(units)
     check_sizes(model, samples, seq_len, batch_size)
@@ -208,13 +207,20 @@ class _Sweep(Blocks):
             undo.restore()
 
 
-def check_compensate(method: str, known: tuple[str, ...] = COMPENSATIONS) -> None:
-    """Raise ValueError for a compensation that does not exist."""
-    if method not in known:
-        raise ValueError(f"compensate must be one of {', '.join(known)}; got {method!r}")
+def check_compensate(method: str, data: Any) -> None:
+    """Raise ValueError for a compensation that does not exist, or that lacks the text it is computed on."""
+    if method not in COMPENSATIONS:
+        raise ValueError(f"compensate must be one of {', '.join(COMPENSATIONS)}; got {method!r}")
+    if method != "none" and data is None:
+        raise ValueError(
+            f"compensate {method!r} needs calibration text, which neither a plan nor statistics hold: "
+            "expected data (--data), got none"
+        )
 
 
-def _check_options(inputs: str, damping: float) -> None:
+def _check_options(method: str, inputs: str, damping: float) -> None:
+    if method not in COMPENSATIONS[1:]:
+        raise ValueError(f"method must be one of {', '.join(COMPENSATIONS[1:])}; got {method!r}")
     if inputs not in INPUTS:
         raise ValueError(f"inputs must be one of {', '.join(INPUTS)}; got {inputs!r}")
     if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 < damping < math.inf:

@@ -11,6 +11,7 @@ from saap import console
 from saap.calibrate import calibrate
 from saap.checkpoint import refuse_existing, save
 from saap.compact import compact
+from saap.compensate import Compensation, check_compensate, compensation
 from saap.criteria import CRITERIA, score
 from saap.data import check_tokenizer, load_documents
 from saap.evaluate import Evaluation, evaluate
@@ -82,6 +83,7 @@ class Job:
     calibration: dict[str, Any]
     layout: str
     force: bool
+    compensate: str = "none"
 
     def targets(self) -> dict[float | None, Path]:
         """{ratio: directory}; a plan has the ratio None."""
@@ -93,13 +95,14 @@ class Job:
         """Everything that can be refused without loading the model."""
         if self.criterion not in CRITERIA:
             raise ValueError(f"unknown criterion {self.criterion!r}; known: {', '.join(CRITERIA)}")
+        check_compensate(self.compensate, self.data)
         for target in self.targets().values():
             refuse_existing(target, self.force)
         if self.save_statistics is not None:
             refuse_existing_file(self.save_statistics, self.force)
         if self.plan_file is not None:
             Plan.load(self.plan_file)
-        elif self.statistics_file is None:
+        if self.compensate != "none" or (self.plan_file is None and self.statistics_file is None):
             load_documents(self.data)
         if self.eval_text is not None:
             load_documents(self.eval_text)
@@ -150,7 +153,7 @@ class Job:
         dense: PreTrainedModel | Evaluation | None = model if self.eval_text is not None else None
         for key, target in self.targets().items():
             last = key == list(self.targets())[-1] and dense is None
-            pruned = compact(model, plans[key], copy=not last)
+            pruned = compact(model, plans[key], self._compensation(model, tokenizer, plans[key]), copy=not last)
             evaluation = None
             if self.eval_text is not None:
                 with console.progress(f"evaluating {target.name}", "windows") as bar:
@@ -176,6 +179,15 @@ class Job:
         statistics.check_model(units)
         scores = score(statistics, self.criterion)
         return {ratio: search(scores, ratio, **self.search_options) for ratio in self.ratios}
+
+    def _compensation(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, plan: Plan
+    ) -> Compensation | None:
+        if self.compensate == "none":
+            return None
+        options = {name: self.calibration[name] for name in ("samples", "seq_len", "batch_size", "seed", "stream")}
+        with console.progress("compensating", "sequences x blocks") as bar:
+            return compensation(model, plan, tokenizer, self.data, method=self.compensate, **options, progress=bar)
 
 
 def report(results: list[Result], as_json: bool) -> None:

@@ -1,6 +1,6 @@
 """The whole pipeline in one call: calibrate, score, search, compact, evaluate."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap.calibrate import calibrate
 from saap.compact import compact
+from saap.compensate import check_compensate, compensation
 from saap.criteria import Criterion, score
 from saap.evaluate import Evaluation, evaluate
 from saap.micro_batches import Progress
@@ -40,6 +41,7 @@ def prune(
     protect: Iterable[int] = (),
     ratio_of: str = "model",
     uniform: bool = False,
+    compensate: str = "none",
     samples: int = 128,
     seq_len: int = 512,
     batch_size: int | str = "auto",
@@ -53,12 +55,17 @@ def prune(
 ) -> PruneResult:
     """Remove ``ratio`` of the model's parameters; the model is changed in place and returned.
 
-    ``statistics`` from an earlier ``calibrate`` of this model replaces ``data``. ``eval_text`` (what
-    ``evaluate`` takes) is evaluated on the dense and then on the pruned model. The other arguments
-    are those of ``calibrate``, ``score`` and ``search``. Raises ValueError before calibration when the
-    ratio cannot be reached or the statistics belong to another model.
+    ``statistics`` from an earlier ``calibrate`` of this model replaces ``data``. ``compensate`` "bias" or
+    "least_squares" makes up for what is removed by ``compensation`` on ``data``, which is then needed with
+    statistics too. ``eval_text`` (what ``evaluate`` takes) is evaluated on the dense and then on the pruned
+    model. The other arguments are those of ``calibrate``, ``score`` and ``search``; ``progress`` counts
+    calibration, then compensation. Raises ValueError before calibration when the ratio cannot be reached or
+    the statistics belong to another model.
     """
     units = discover(model)
+    check_compensate(compensate, data)
+    if isinstance(data, Iterator):
+        data = list(data)  # read twice
     options: dict[str, Any] = {
         "ratio_of": ratio_of,
         "multiple": multiple,
@@ -75,6 +82,12 @@ def prune(
     statistics.check_model(units)
     plan = search(score(statistics, criterion), ratio, **options)
     dense = None if eval_text is None else evaluate(model, tokenizer, eval_text)
-    compact(model, plan)
+    found = None
+    if compensate != "none":
+        found = compensation(
+            model, plan, tokenizer, data, method=compensate, samples=samples, seq_len=seq_len,
+            batch_size=batch_size, seed=seed, stream=stream, progress=progress,
+        )  # fmt: skip
+    compact(model, plan, found)
     evaluation = None if eval_text is None else evaluate(model, tokenizer, eval_text, against=dense)
     return PruneResult(model, plan, statistics, evaluation)
