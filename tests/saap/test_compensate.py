@@ -186,7 +186,9 @@ def test_the_model_is_left_as_found_and_blocks_may_come_in_another_dtype(inputs:
     for found, exact in zip(streamed.layers, wanted.layers, strict=True):
         for part, new in found.items():
             assert new.weight.dtype == torch.float32
-            torch.testing.assert_close(new.weight, exact[part].weight.float(), rtol=1e-6, atol=1e-6)  # fp32 weights go on
+            torch.testing.assert_close(
+                new.weight, exact[part].weight.float(), rtol=1e-6, atol=1e-6
+            )  # fp32 weights go on
 
 
 def test_a_failure_leaves_the_model_as_found(monkeypatch) -> None:

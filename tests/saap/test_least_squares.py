@@ -140,7 +140,9 @@ def test_weights_beyond_the_models_dtype_are_refused() -> None:
         linear.weight.mul_(1e5)  # near the largest float16
         model.model.layers[0].mlp.up_proj.weight.mul_(1e-4)
     plan = make_plan(model)
-    with pytest.raises(ValueError, match="compensation of layer 0, mlp.down_proj overflows torch.float16; use a larger"):
+    with pytest.raises(
+        ValueError, match="compensation of layer 0, mlp.down_proj overflows torch.float16; use a larger"
+    ):
         saap.compensation(model, plan, **OPTIONS)
 
 
