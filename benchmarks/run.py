@@ -16,7 +16,10 @@ import torch
 from benchmarks.common import Row, print_rows
 
 # torch_pruning_taylor measures a CPU and needs its peer's package: it is run alone
-BENCHMARKS = ("replan", "calibration_kernels", "calibrate_model", "calibrate_streamed", "criteria")
+BENCHMARKS = (
+    "replan", "calibration_kernels", "calibrate_model", "calibrate_streamed", "criteria", "compensation",
+    "least_squares",
+)  # fmt: skip
 
 
 def main() -> None:

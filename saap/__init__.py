@@ -7,6 +7,7 @@ from saap.calibrate import calibrate
 from saap.checkpoint import load, save
 from saap.collect import collect
 from saap.compact import compact
+from saap.compensate import Compensation, compensation
 from saap.criteria import CRITERIA, score
 from saap.evaluate import Evaluation, evaluate
 from saap.families import Family, known_families, register_family
@@ -25,6 +26,7 @@ register_template_classes()
 
 __all__ = [
     "CRITERIA",
+    "Compensation",
     "Evaluation",
     "Family",
     "LayerPlan",
@@ -38,6 +40,7 @@ __all__ = [
     "calibrate",
     "collect",
     "compact",
+    "compensation",
     "discover",
     "evaluate",
     "known_families",

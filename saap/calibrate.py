@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap import distributed
 from saap.collector import Collector
-from saap.data import check_tokenizer, data_fingerprint, pack
+from saap.data import data_fingerprint, pack_for
 from saap.determinism import deterministic_kernels
 from saap.families import family_of, layers_of
 from saap.loss import backward_sequence_losses, sequence_spans
@@ -57,17 +57,12 @@ def calibrate(
     refused, block by block during the forward pass).
     """
     units = discover(model)
-    _check_sizes(model, samples, seq_len, batch_size, checkpoint, coupled)
+    check_sizes(model, samples, seq_len, batch_size)
+    _check_options(samples, batch_size, checkpoint, coupled)
     streaming = resolve_streaming(model, stream)
     if streaming is None:
         refuse_nonfinite_weights(model, family_of(model))
-    if tokenizer is not None:
-        check_tokenizer(model, tokenizer)
-    ids = pack(tokenizer, data, samples=samples, seq_len=seq_len, seed=seed)
-    if int(ids.max()) >= model.config.vocab_size:
-        raise ValueError(
-            f"expected token ids below the vocabulary size {model.config.vocab_size}, got {int(ids.max())}"
-        )
+    ids = pack_for(model, tokenizer, data, samples=samples, seq_len=seq_len, seed=seed)
     mine = distributed.share(ids)
     device = model.device if streaming is None else streaming.resolved_device(model)
     dtype = (streaming and streaming.dtype) or model.dtype
@@ -125,22 +120,24 @@ def collect_batch(collector: Collector, input_ids: Tensor, attention_mask: Tenso
     return losses
 
 
-def _check_sizes(
-    model: PreTrainedModel, samples: int, seq_len: int, batch_size: int | str, checkpoint: bool | str, coupled: bool
-) -> None:
+def check_sizes(model: PreTrainedModel, samples: int, seq_len: int, batch_size: int | str) -> None:
+    """Raise ValueError for sequences that ``model`` or this process group cannot take."""
     if samples < 1:
         raise ValueError(f"samples must be at least 1; got {samples}")
     distributed.check_world(samples)
     longest = getattr(model.config, "max_position_embeddings", None) or seq_len
     if not 2 <= seq_len <= longest:
         raise ValueError(f"seq_len must lie between 2 and the model's {longest} positions; got {seq_len}")
+    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f'batch_size must be "auto" or a positive integer; got {batch_size!r}')
+
+
+def _check_options(samples: int, batch_size: int | str, checkpoint: bool | str, coupled: bool) -> None:
     if coupled and (distributed.world_size() > 1 or batch_size not in ("auto", samples)):
         raise ValueError(
             f"coupled statistics need all {samples} samples in one micro-batch of one process; "
             f"got batch_size {batch_size} and {distributed.world_size()} processes"
         )
-    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f'batch_size must be "auto" or a positive integer; got {batch_size!r}')
     if checkpoint not in (True, False, "auto"):
         raise ValueError(f'checkpoint must be True, False or "auto"; got {checkpoint!r}')
 

@@ -143,7 +143,11 @@ def _share_weights(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrain
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         twin = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    twin.load_state_dict(model.state_dict(), assign=True)
+    state, known = model.state_dict(), twin.state_dict()
+    if state.keys() != known.keys():
+        differing = ", ".join(sorted(state.keys() ^ known.keys())[:3])
+        raise ValueError(f"{type(twin).__name__} has other tensors ({differing}, ...)")
+    twin.load_state_dict(state, assign=True)
     for name, buffer in model.named_buffers():  # computed at construction, not part of the state
         owner, _, attribute = name.rpartition(".")
         twin.get_submodule(owner).register_buffer(attribute, buffer, persistent=False)

@@ -76,10 +76,7 @@ class Collector:
 
     def _enter(self) -> None:
         model = self.model
-        for module in model.modules():
-            if module.training:
-                self._undo.add(partial(setattr, module, "training", True))
-        model.eval()
+        self._undo.eval_mode(model)
         self._undo.freeze(model.parameters())
         handle = model.get_input_embeddings().register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_())
         self._undo.add(handle.remove)

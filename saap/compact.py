@@ -1,47 +1,63 @@
 """Compaction: cut the removed units out of the weights, layer by layer, in place."""
 
 import copy as copying
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from saap.families import Family, family_of, layers_of, projections_by_linear
-from saap.layout import adopt, describe_as_stock, describe_as_template, is_template
+from saap.compensate import Compensation
+from saap.families import Family, family_of, layers_of, linears_of, projections_by_linear
+from saap.layout import adopt, biases_of_stock, describe_as_stock, describe_as_template, is_template
 from saap.plan import LayerPlan, Plan
 from saap.units import IN_PARTS, LayerUnits, discover, module_of
 
 PLAN_ATTRIBUTE = "saap_plan"
 
 
-def compact(model: PreTrainedModel, plan: Plan, *, copy: bool = False) -> PreTrainedModel:
+def compact(
+    model: PreTrainedModel, plan: Plan, compensation: Compensation | None = None, *, copy: bool = False
+) -> PreTrainedModel:
     """Remove the units that ``plan`` does not keep; the same object is changed and returned.
+
+    ``compensation``, computed on this model for this plan, gives o and down new weights and biases. Where the
+    family has no bias for them, all layers get one (zero where nothing was removed).
 
     With ``copy`` the model is left alone and a pruned copy is returned. The result computes, generates
     and saves like any transformers model: if all layers have one size that the family's own
     configuration can express it stays a stock model, otherwise its class becomes the generic
     template's. dtype, device and requires_grad are kept, tied embeddings stay tied.
 
-    Raises ValueError when the plan was made for another model; nothing is changed then.
+    Raises ValueError when the plan was made for another model, or the compensation for another plan; nothing
+    is changed then.
     """
     units = discover(model)
     plan.check_model(units)
+    if compensation is not None:
+        compensation.check_plan(plan)
+        plan = replace(plan, settings=plan.settings | compensation.settings)
     if copy:
         model = copying.deepcopy(model)
     family = family_of(model)
     for layer, sizes, kept in zip(layers_of(model, family), units.layers, plan.layers, strict=True):
         _cut_layer(layer, family, sizes, kept)
-    result = discover(model).layers
-    adopt(model, family, _describe(model, family, result))
+    added = _replace(model, family, compensation) if compensation is not None else False
+    adopt(model, family, _describe(model, family, added))
     object.__setattr__(model, PLAN_ATTRIBUTE, plan)
     return model
 
 
-def _describe(model: PreTrainedModel, family: Family, layers: tuple[LayerUnits, ...]) -> PreTrainedConfig:
+def _describe(model: PreTrainedModel, family: Family, added: bool) -> PreTrainedConfig:
+    layers = discover(model).layers
     if len(set(layers)) == 1 and not is_template(model):
         try:
-            return describe_as_stock(model.config, family, layers[0])
-        except ValueError:  # the family's configuration refuses these sizes: the template takes any
+            config = describe_as_stock(model.config, family, layers[0])
+            if added:
+                _add_biases(model, family, biases_of_stock(config, family, layers[0].biases))
+            return config
+        except ValueError:  # the family's configuration refuses these sizes or biases: the template takes any
             pass
     return describe_as_template(model.config, family, layers, type(model))
 
@@ -53,8 +69,7 @@ def _cut_layer(layer: nn.Module, family: Family, sizes: LayerUnits, kept: LayerP
         units = torch.tensor(kept.kv_heads if module == "attention" else kept.channels, dtype=torch.long)
         if len(units) == sizes.count(module):
             continue
-        index = torch.cat([p.start + _lines(units, sizes.rows_per_unit(part)) for part, p in parts.items()])
-        index = index.to(linear.weight.device)
+        index = torch.cat([p.start + kept.features(part, sizes) for part, p in parts.items()]).to(linear.weight.device)
         if any(part in IN_PARTS for part in parts):
             linear.weight = _parameter(linear.weight, 1, index)
             linear.in_features = len(index)
@@ -65,9 +80,34 @@ def _cut_layer(layer: nn.Module, family: Family, sizes: LayerUnits, kept: LayerP
             linear.out_features = len(index)
 
 
-def _lines(units: Tensor, width: int) -> Tensor:
-    """The rows or columns of ``units`` that own ``width`` consecutive ones each."""
-    return (units[:, None] * width + torch.arange(width)).flatten()
+@torch.no_grad()
+def _replace(model: PreTrainedModel, family: Family, compensation: Compensation) -> bool:
+    """Put in the new weights and biases; returns whether a Linear got a bias that had none."""
+    biased = {part for new in compensation.layers for part, found in new.items() if found.bias is not None}
+    added = _add_biases(model, family, biased)
+    for layer, new in zip(layers_of(model, family), compensation.layers, strict=True):
+        linears = linears_of(layer, family)
+        for part, found in new.items():
+            if found.weight is not None:
+                linears[part].weight = _like(linears[part].weight, found.weight)
+            if found.bias is not None:
+                linears[part].bias = _like(linears[part].bias, found.bias)
+    return added
+
+
+def _add_biases(model: PreTrainedModel, family: Family, parts: Iterable[str]) -> bool:
+    """A bias of zeros for these parts of every layer, where they have none; returns whether one was added."""
+    added = False
+    for layer in layers_of(model, family):
+        for part, linear in linears_of(layer, family).items():
+            if part in parts and linear.bias is None:
+                linear.bias = _like(linear.weight, torch.zeros(linear.out_features))
+                added = True
+    return added
+
+
+def _like(old: Tensor, new: Tensor) -> nn.Parameter:
+    return nn.Parameter(new.to(old), requires_grad=old.requires_grad)
 
 
 def _parameter(old: Tensor, dim: int, index: Tensor) -> nn.Parameter:

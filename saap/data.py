@@ -133,6 +133,26 @@ def pack(tokenizer: PreTrainedTokenizerBase | None, data: Any, *, samples: int, 
     return torch.cat(pieces)[:needed].view(samples, seq_len)
 
 
+def pack_for(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: Any,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int = 0,
+) -> Tensor:
+    """As ``pack``; raises ValueError when ``model`` has no embedding for an id that occurs, or could."""
+    if tokenizer is not None:
+        check_tokenizer(model, tokenizer)
+    ids = pack(tokenizer, data, samples=samples, seq_len=seq_len, seed=seed)
+    if int(ids.max()) >= model.config.vocab_size:
+        raise ValueError(
+            f"expected token ids below the vocabulary size {model.config.vocab_size}, got {int(ids.max())}"
+        )
+    return ids
+
+
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError when the tokenizer can produce ids that the model has no embedding for."""
     rows = model.get_input_embeddings().weight.shape[0]

@@ -64,6 +64,13 @@ def share(ids: Tensor) -> Tensor:
     return ids if world_size() == 1 else ids.tensor_split(world_size())[rank()]
 
 
+def sum_over_ranks(*tensors: Tensor) -> None:
+    """Replace each tensor by its sum over all ranks, in place; does nothing without a process group."""
+    if world_size() > 1:
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
+
+
 def all_reduce(statistics: Statistics) -> None:
     """Replace each rank's statistics by those of all ranks' sequences together, in place and equal on every rank.
 

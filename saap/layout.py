@@ -1,18 +1,21 @@
 """How a pruned model is described: as a stock model of its family, or by the generic template."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from saap.families import PRUNED_PREFIX, Family, known_families, layers_of
+from saap.families import PRUNED_PREFIX, Family, known_families, layers_of, linears_of
 from saap.template import configuration_saap, modeling_saap
 from saap.units import LayerUnits
 
 LAYOUTS = ("auto", "stock", "template")
+BIAS_ATTRIBUTES = {"attention_bias": "o", "mlp_bias": "down"}  # where a family's configuration has them
 
 
 def register_template_classes() -> None:
@@ -37,6 +40,7 @@ def describe_as_stock(config: PreTrainedConfig, family: Family, sizes: LayerUnit
     Raises ValueError, saying why, when the family's configuration cannot express them.
     """
     values = _plain_values(config) | _attributes(family, sizes) | {"head_dim": sizes.head_dim}
+    values |= {name: True for name, part in BIAS_ATTRIBUTES.items() if name in values and part in sizes.biases}
     stock: type[PreTrainedConfig] = getattr(transformers, type(config).__name__.removeprefix("Saap"))
     if family.kv_heads_attribute is None and sizes.query_heads * sizes.head_dim != sizes.hidden_size:
         raise ValueError(
@@ -44,6 +48,18 @@ def describe_as_stock(config: PreTrainedConfig, family: Family, sizes: LayerUnit
             f"{sizes.query_heads} heads of {sizes.head_dim} do not make {sizes.hidden_size}"
         )
     return _build(stock, values)
+
+
+def biases_of_stock(config: PreTrainedConfig, family: Family, needed: Iterable[str]) -> tuple[str, ...]:
+    """Parts whose Linear has a bias in a stock model of ``config``; raises ValueError unless all ``needed`` have."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    linears = linears_of(layers_of(model, family)[0], family)
+    found = tuple(part for part, linear in linears.items() if linear.bias is not None)
+    lacking = [part for part in needed if part not in found]
+    if lacking:
+        raise ValueError(f"a stock {family.name} model has no bias in {', '.join(lacking)}")
+    return found
 
 
 def describe_as_mistral(config: PreTrainedConfig, family: Family, sizes: LayerUnits) -> PreTrainedConfig:
@@ -75,6 +91,7 @@ def describe_as_template(
         "query_heads": family.query_heads_attribute,
         "kv_heads": family.kv_heads_attribute,
         "intermediate_size": family.intermediate_size_attribute,
+        "biases": [part for part in family.parts if all(part in sizes.biases for sizes in layers)],
     }
     described = configuration_saap.config_class(f"Saap{config_name}")(**values)
     described.per_layer_config = {index: _attributes(family, sizes) for index, sizes in enumerate(layers)}

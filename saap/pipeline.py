@@ -1,30 +1,30 @@
 """What ``saap prune`` does: one calibration, then one pruned model per ratio."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap import console
 from saap.calibrate import calibrate
 from saap.checkpoint import refuse_existing, save
-from saap.compact import compact
-from saap.criteria import CRITERIA, score
+from saap.compact import PLAN_ATTRIBUTE, compact
+from saap.compensate import check_compensate, compensation
+from saap.criteria import CRITERIA
 from saap.data import check_tokenizer, load_documents
 from saap.evaluate import Evaluation, evaluate
 from saap.evaluate_baselines import check_baselines, evaluate_baselines
-from saap.memory import available_bytes, weight_bytes
-from saap.micro_batches import fit_micro_batches
 from saap.plan import Plan
 from saap.report import REPORT_FILE, report_into, shown_name
+from saap.results import Result
 from saap.scores import Scores
-from saap.search import check_ratio, search
+from saap.search import check_ratio
 from saap.statistics import Statistics
+from saap.steps import COMPENSATION_OPTIONS, Recipe, prune_in_steps
 from saap.stopwatch import Stopwatch
-from saap.stream import Streaming, progress_unit, streamed_bytes
+from saap.stream import progress_unit
 from saap.units import discover
 
 
@@ -51,37 +51,6 @@ def refuse_existing_file(path: Path, force: bool) -> None:
         raise FileExistsError(f"{path} exists already; use --force to replace it")
 
 
-def describe_plan(plan: Plan) -> dict[str, Any]:
-    """The plan's sizes as plain values."""
-    return {
-        "removed_share": plan.ratio,
-        "removed_share_of_blocks": plan.block_ratio,
-        "parameters": plan.units.total_parameters - plan.removed_parameters,
-        "kv_heads": [len(layer.kv_heads) for layer in plan.layers],
-        "channels": [len(layer.channels) for layer in plan.layers],
-    }
-
-
-@dataclass(frozen=True)
-class Result:
-    """One pruned model on disk; ``baselines`` are what other criteria would have made of it."""
-
-    out: Path
-    plan: Plan
-    evaluation: Evaluation | None
-    baselines: list[tuple[str, Evaluation]] = field(default_factory=list)
-    report: Path | None = None
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The plan of every ratio, and what it was made from unless it came as a file."""
-
-    plans: dict[float | None, Plan]
-    statistics: Statistics | None = None
-    scores: Scores | None = None
-
-
 @dataclass(frozen=True)
 class Job:
     """Everything ``saap prune`` was asked for."""
@@ -100,6 +69,8 @@ class Job:
     force: bool
     report: bool = True
     baselines: tuple[str, ...] = ()
+    compensate: str = "none"
+    steps: int = 1
 
     def targets(self) -> dict[float | None, Path]:
         """{ratio: directory}; a plan has the ratio None."""
@@ -111,6 +82,8 @@ class Job:
         """Everything that can be refused without loading the model."""
         if self.criterion not in CRITERIA:
             raise ValueError(f"unknown criterion {self.criterion!r}; known: {', '.join(CRITERIA)}")
+        self.recipe()
+        check_compensate(self.compensate, self.data)
         check_baselines(self.baselines)
         if self.baselines and (self.eval_text is None or self.plan_file is not None):
             raise ValueError("--baselines needs --eval, and a --ratio to prune them by instead of a --plan")
@@ -120,44 +93,14 @@ class Job:
             refuse_existing_file(self.save_statistics, self.force)
         if self.plan_file is not None:
             Plan.load(self.plan_file)
-        elif self.statistics_file is None:
+        if self.compensate != "none" or (self.plan_file is None and self.statistics_file is None):
             load_documents(self.data)
         if self.eval_text is not None:
             load_documents(self.eval_text)
 
-    def preview(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Sizes and memory, for --dry-run."""
-        units = discover(model)
-        for ratio in self.ratios:
-            check_ratio(units, ratio, **self.search_options)
-        options, stream = self.calibration, self.calibration.get("stream")
-        device, dtype, streamed = model.device, model.dtype, None
-        if isinstance(stream, Streaming):
-            device, dtype = stream.resolved_device(model), stream.dtype or dtype
-            streamed = streamed_bytes(model, dtype)
-        fit = fit_micro_batches(
-            units, options["samples"], options["seq_len"], dtype, device,
-            batch_size=options["batch_size"], checkpoint=options["checkpoint"], streamed_bytes=streamed,
-        )  # fmt: skip
-        return {
-            "family": units.family,
-            "layers": len(units.layers),
-            "parameters": units.total_parameters,
-            "block_parameters": units.block_parameters,
-            "kv_heads": units.count("attention"),
-            "channels": units.count("mlp"),
-            "weight_bytes": weight_bytes(model),
-            "batch_size": fit.batch,
-            "checkpointing": fit.recompute,
-            "activation_bytes": fit.activation_bytes,
-            "available_bytes": available_bytes(device),
-            "would_remove": {f"{r:g}": self._share(units, r) for r in self.ratios},
-            "outputs": [str(path) for path in self.targets().values()],
-        }
-
-    def _share(self, units: Any, ratio: float) -> int:
-        whole = units.total_parameters if self.search_options["ratio_of"] == "model" else units.block_parameters
-        return int(ratio * whole)
+    def recipe(self) -> Recipe:
+        """How each ratio is pruned; raises ValueError for a number of steps that is none."""
+        return Recipe(self.criterion, self.search_options, self.calibration, self.compensate, self.steps)
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[Result]:
         """Do the work; every output appears complete or not at all."""
@@ -167,28 +110,26 @@ class Job:
         if tokenizer is not None:
             check_tokenizer(model, tokenizer)
         name, watch = shown_name(model.name_or_path), Stopwatch()
-        chosen = self._choose(model, tokenizer, watch)
+        statistics = self._statistics(model, tokenizer, watch)
         results = []
         dense: PreTrainedModel | Evaluation | None = model if self.eval_text is not None else None
         for key, target in self.targets().items():
             last = key == list(self.targets())[-1] and dense is None
-            plan, mine = chosen.plans[key], Stopwatch(watch.seconds)  # what the ratios share, then this one's stages
-            with mine("compact"):
-                pruned = compact(model, plan, copy=not last)
-            result = Result(target, plan, None)
+            mine = Stopwatch(watch.seconds)  # what the ratios share, then this one's stages
+            pruned, scores = self._prune(model, tokenizer, key, statistics, mine, copy=not last)
+            result = Result(target, getattr(pruned, PLAN_ATTRIBUTE), None)
             if self.eval_text is not None:
                 with console.progress(f"evaluating {target.name}", "windows") as bar, mine("evaluate"):
                     evaluation = evaluate(pruned, tokenizer, self.eval_text, against=dense, progress=bar)
                 dense = evaluation.against
                 result = replace(result, evaluation=evaluation)
-            if key is not None and self.eval_text is not None and chosen.statistics is not None and self.baselines:
+            if key is not None and statistics is not None and self.baselines:
                 with console.progress("evaluating baselines", "windows") as bar, mine("baselines"):
                     baselines = evaluate_baselines(
-                        self.baselines, model, tokenizer, self.eval_text, chosen.statistics, key,
-                        self.search_options, bar,
-                    )  # fmt: skip
+                        self.baselines, model, tokenizer, self.eval_text, statistics, key, self.search_options, bar
+                    )
                 result = replace(result, baselines=baselines)
-            also = partial(self._report, name, result, pruned, chosen, mine) if self.report else None
+            also = partial(self._report, name, result, pruned, statistics, scores, mine) if self.report else None
             with mine("save"):
                 save(pruned, target, tokenizer=tokenizer, layout=self.layout, force=self.force, also=also)
             made = target / REPORT_FILE
@@ -196,24 +137,25 @@ class Job:
         return results
 
     def _report(
-        self, name: str, result: Result, pruned: PreTrainedModel, chosen: Chosen, watch: Stopwatch, folder: Path
-    ) -> None:
+        self, name: str, result: Result, pruned: PreTrainedModel, statistics: Statistics | None,
+        scores: Scores | None, watch: Stopwatch, folder: Path,
+    ) -> None:  # fmt: skip
         """Add the report to a checkpoint that is being saved."""
         files = {"calibration": self.data, "statistics": self.statistics_file, "plan": self.plan_file}
         failure = report_into(
-            folder, name, result.plan, pruned, statistics=chosen.statistics, scores=chosen.scores,
+            folder, name, result.plan, pruned, statistics=statistics, scores=scores,
             evaluation=result.evaluation, baselines=result.baselines, timings=watch.so_far(),
             files={key: str(file) for key, file in (files | {"evaluation": self.eval_text}).items() if file},
         )  # fmt: skip
         if failure is not None:
             console.screen.print(f"the model is saved without its report: {failure}", markup=False, soft_wrap=True)
 
-    def _choose(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, watch: Stopwatch) -> Chosen:
-        units = discover(model)
+    def _statistics(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, watch: Stopwatch
+    ) -> Statistics | None:
+        """Those of the dense model, which all ratios share; None when a plan is applied."""
         if self.plan_file is not None:
-            plan = Plan.load(self.plan_file)
-            plan.check_model(units)
-            return Chosen({None: plan})
+            return None
         if self.statistics_file is not None:
             statistics = Statistics.load(self.statistics_file)
         else:
@@ -222,53 +164,29 @@ class Job:
                 statistics = calibrate(model, tokenizer, self.data, **self.calibration, progress=bar)
             if self.save_statistics is not None:
                 statistics.save(self.save_statistics)
-        statistics.check_model(units)
-        with watch("score"):
-            scores = score(statistics, self.criterion)
-        with watch("search"):
-            plans: dict[float | None, Plan] = {r: search(scores, r, **self.search_options) for r in self.ratios}
-        return Chosen(plans, statistics, scores)
+        statistics.check_model(discover(model))
+        return statistics
 
-
-def report(results: list[Result], as_json: bool) -> None:
-    """Print what was made, as a table or as JSON."""
-    if as_json:
-        outputs = [
-            {
-                "out": str(r.out),
-                **describe_plan(r.plan),
-                "evaluation": r.evaluation and r.evaluation.to_dict(),
-                "baselines": {name: found.to_dict() for name, found in r.baselines},
-                "report": r.report and str(r.report),
-            }
-            for r in results
-        ]
-        console.print_json({"outputs": outputs})
-        return
-    evaluated = [r for r in results if r.evaluation is not None]
-    if evaluated:
-        first = next(r.evaluation for r in evaluated if r.evaluation is not None)
-        rows = [] if first.against is None else [console.evaluation_row("dense", first.against)]
-        for r in evaluated:
-            share = f" {r.plan.ratio:.0%}" if len(results) > 1 else ""
-            shown = [(r.out.name, r.evaluation), *((f"{name}{share}", e) for name, e in r.baselines)]
-            rows += [console.evaluation_row(name, e) for name, e in shown if e is not None]
-        console.print_table(f"windows of {first.seq_len} tokens", console.EVALUATION_HEADER, rows)
-    for r in results:
-        kept = r.plan.units.total_parameters - r.plan.removed_parameters
-        print(f"{r.out}: {kept:,} parameters, {r.plan.ratio:.2%} removed ({r.plan.block_ratio:.2%} of the blocks)")
-        if r.report is not None:
-            print(f"  what happened to it: {r.report}")
-
-
-def report_dry_run(preview: dict[str, Any], as_json: bool) -> None:
-    """Print a preview without having done anything."""
-    if as_json:
-        console.print_json(preview)
-        return
-    for name, value in preview.items():
-        shown = (
-            f"{value / 2**20:,.1f} MiB" if name.endswith("bytes") else f"{value:,}" if isinstance(value, int) else value
-        )
-        print(f"{name.replace('_', ' ')}: {shown}")
-    print(f"nothing was done; {torch.get_num_threads()} threads would work")
+    def _prune(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, ratio: float | None,
+        statistics: Statistics | None, watch: Stopwatch, *, copy: bool,
+    ) -> tuple[PreTrainedModel, Scores | None]:  # fmt: skip
+        """The model pruned by one ratio, or by the plan file (None), and the scores that it went by."""
+        with console.progress("pruning", "steps") as bar:
+            if ratio is not None:
+                done = prune_in_steps(
+                    model, tokenizer, self.data, ratio, self.recipe(),
+                    statistics=statistics, copy=copy, watch=watch, progress=bar,
+                )  # fmt: skip
+                return done.model, done.scores
+            assert self.plan_file is not None  # a job has ratios or a plan
+            plan, found = Plan.load(self.plan_file), None
+            plan.check_model(discover(model))
+            if self.compensate != "none":
+                options = {name: self.calibration[name] for name in COMPENSATION_OPTIONS}
+                with watch("compensate"):
+                    found = compensation(
+                        model, plan, tokenizer, self.data, method=self.compensate, **options, progress=bar
+                    )
+            with watch("compact"):
+                return compact(model, plan, found, copy=copy), None

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saap.units import LayerUnits, Units
+import torch
+from torch import Tensor
+
+from saap.units import LayerUnits, Units, module_of
 from saap.version import __version__
 
 PLAN_FORMAT = 1
@@ -19,6 +22,12 @@ class LayerPlan:
 
     kv_heads: tuple[int, ...]
     channels: tuple[int, ...]
+
+    def features(self, part: str, sizes: LayerUnits) -> Tensor:
+        """Rows of a part's weight that stay, or columns of o and down: ascending, int64."""
+        units = torch.tensor(self.kv_heads if module_of(part) == "attention" else self.channels, dtype=torch.long)
+        width = sizes.rows_per_unit(part)
+        return (units[:, None] * width + torch.arange(width)).flatten()
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,19 @@ class Plan:
     def block_ratio(self) -> float:
         """Share of the decoder layers' parameters that the plan removes."""
         return self.removed_parameters / self.units.block_parameters
+
+    def then(self, later: "Plan") -> "Plan":
+        """This plan followed by ``later``, made for the model that it leaves; numbered as in this plan's model."""
+        left = [(len(layer.kv_heads), len(layer.channels)) for layer in self.layers]
+        if left != [(sizes.kv_heads, sizes.intermediate_size) for sizes in later.units.layers]:
+            raise ValueError("expected a plan made for the model that the first plan leaves, got one of other sizes")
+        layers = (
+            LayerPlan(
+                tuple(mine.kv_heads[i] for i in theirs.kv_heads), tuple(mine.channels[i] for i in theirs.channels)
+            )
+            for mine, theirs in zip(self.layers, later.layers, strict=True)
+        )
+        return Plan(self.units, tuple(layers), later.settings)
 
     def check_model(self, units: Units) -> None:
         """Raise ValueError unless ``units`` describe the model this plan was made for."""

@@ -1,20 +1,22 @@
-"""The whole pipeline in one call: calibrate, score, search, compact, evaluate."""
+"""The whole pipeline in one call: calibrate, score, search, compensate, compact, evaluate."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saap.calibrate import calibrate
-from saap.compact import compact
-from saap.criteria import Criterion, score
+from saap.compensate import check_compensate
+from saap.criteria import Criterion
+from saap.data import pack_for
 from saap.evaluate import Evaluation, evaluate
 from saap.micro_batches import Progress
 from saap.plan import Plan
+from saap.resources import Resource
 from saap.scores import Scores
-from saap.search import check_ratio, search
+from saap.search import check_ratio
 from saap.statistics import Statistics
+from saap.steps import Recipe, prune_in_steps
 from saap.stopwatch import Stopwatch
 from saap.stream import Streaming
 from saap.units import discover
@@ -40,10 +42,15 @@ def prune(
     ratio: float,
     criterion: str | Criterion = "saap",
     method: str = "global",
+    fluctuation_weight: float = 0.5,
     multiple: int = 32,
     protect: Iterable[int] = (),
     ratio_of: str = "model",
+    resource: str | Resource = "parameters",
     uniform: bool = False,
+    allow_empty: bool = False,
+    compensate: str = "none",
+    steps: int = 1,
     samples: int = 128,
     seq_len: int = 512,
     batch_size: int | str = "auto",
@@ -55,40 +62,46 @@ def prune(
     eval_text: Any = None,
     progress: Progress | None = None,
 ) -> PruneResult:
-    """Remove ``ratio`` of the model's parameters; the model is changed in place and returned.
+    """Remove ``ratio`` of the model's parameters, or of another ``resource``; the model is changed and returned.
 
-    ``statistics`` from an earlier ``calibrate`` of this model replaces ``data``. ``eval_text`` (what
-    ``evaluate`` takes) is evaluated on the dense and then on the pruned model. The other arguments
-    are those of ``calibrate``, ``score`` and ``search``. Raises ValueError before calibration when the
-    ratio cannot be reached or the statistics belong to another model.
+    ``statistics`` from an earlier ``calibrate`` of this model replaces ``data``. ``steps`` above 1 removes the
+    ratio in that many equal steps and calibrates again after each. ``compensate`` "bias" or "least_squares" makes up
+    for what a step removes by ``compensation``. Both need ``data`` with statistics too. ``eval_text`` (what
+    ``evaluate`` takes) is evaluated on the dense and then on the pruned model. The other arguments are those of
+    ``calibrate``, ``score`` and ``search``; ``progress`` counts as ``prune_in_steps`` says. Raises ValueError
+    before calibration when the ratio cannot be reached or the statistics belong to another model.
     """
     units = discover(model)
-    options: dict[str, Any] = {
-        "ratio_of": ratio_of,
-        "multiple": multiple,
-        "protect": tuple(protect),
-        "uniform": uniform,
-        "method": method,
-    }
-    check_ratio(units, ratio, **options)
+    recipe = Recipe(
+        criterion,
+        {
+            "ratio_of": ratio_of, "resource": resource, "multiple": multiple, "protect": tuple(protect),
+            "uniform": uniform, "allow_empty": allow_empty, "method": method, "fluctuation_weight": fluctuation_weight,
+        },
+        {
+            "samples": samples, "seq_len": seq_len, "batch_size": batch_size, "checkpoint": checkpoint,
+            "backend": backend, "seed": seed, "stream": stream,
+        },
+        compensate, steps,
+    )  # fmt: skip
+    check_compensate(compensate, data)
+    check_ratio(units, ratio, **recipe.search)
+    if steps > 1 and data is None:
+        raise ValueError(f"steps={steps} calibrates again after every step: expected data, got none")
+    if statistics is not None:
+        statistics.check_model(units)
+    if isinstance(data, Iterator):
+        data = list(data)  # read more than once
     watch, evaluation = Stopwatch(), None
-    if statistics is None:
-        with watch("calibrate"):
-            statistics = calibrate(
-                model, tokenizer, data, samples=samples, seq_len=seq_len, batch_size=batch_size,
-                checkpoint=checkpoint, backend=backend, seed=seed, stream=stream, progress=progress,
-            )  # fmt: skip
-    statistics.check_model(units)
-    with watch("score"):
-        scores = score(statistics, criterion)
-    with watch("search"):
-        plan = search(scores, ratio, **options)
     if eval_text is not None:
+        if statistics is None:
+            pack_for(model, tokenizer, data, samples=samples, seq_len=seq_len, seed=seed)  # refused now or never
         with watch("evaluate"):
             evaluation = evaluate(model, tokenizer, eval_text)
-    with watch("compact"):
-        compact(model, plan)
+    done = prune_in_steps(
+        model, tokenizer, data, ratio, recipe, statistics=statistics, watch=watch, progress=progress
+    )  # fmt: skip
     if eval_text is not None:
         with watch("evaluate"):
             evaluation = evaluate(model, tokenizer, eval_text, against=evaluation)
-    return PruneResult(model, plan, statistics, evaluation, scores, watch.seconds)
+    return PruneResult(model, done.plan, done.statistics, evaluation, done.scores, watch.seconds)

@@ -114,7 +114,7 @@ def _layers(units: Units, candidates: dict[Key, Candidates], removed: dict[Key, 
 
 
 def _target(whole: float, ratio: float | None, budget: float | None, resource: Resource, ratio_of: str) -> float:
-    """How much of the resource is to be saved."""
+    """How much of the resource is to be saved; what is met but for rounding is met."""
     if (ratio is None) == (budget is None):
         raise ValueError(f"give exactly one of ratio and budget; got ratio={ratio!r}, budget={budget!r}")
     if budget is not None:
@@ -122,11 +122,11 @@ def _target(whole: float, ratio: float | None, budget: float | None, resource: R
             raise ValueError(
                 f"budget must lie between 0 and the {ratio_of}'s {whole:.12g} {resource.unit}; got {budget}"
             )
-        return whole - budget
+        return (whole - budget) * (1 - 1e-12)
     assert ratio is not None
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
         raise ValueError(f"ratio must lie strictly between 0 and 1; got {ratio!r}")
-    return ratio * whole * (1 - 1e-12)  # a ratio that is met but for rounding is met
+    return ratio * whole * (1 - 1e-12)
 
 
 def _check_reachable(candidates: Iterable[Candidates], target: float, whole: float, of_what: str) -> None:

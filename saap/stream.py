@@ -7,26 +7,21 @@ and their order are those of activation checkpointing, so the statistics are the
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from saap.blocks import Blocks, outside, tensors_of
 from saap.collector import Collector
 from saap.families import family_of, layers_of
 from saap.hidden_states import CPU, HiddenStates
 from saap.loss import backward_sequence_losses, sequence_spans
 from saap.memory import available_bytes, weight_bytes
-from saap.micro_batches import Progress, in_micro_batches
-from saap.refuse import refuse_nonfinite_embeddings, refuse_nonfinite_layer
-from saap.undo import Undo
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block gets besides its hidden states
+from saap.micro_batches import Progress
+from saap.refuse import refuse_nonfinite_layer
 
 
 @dataclass(frozen=True)
@@ -89,50 +84,23 @@ def stream_collect(
         run.states.close()
 
 
-class _Run:
+class _Run(Blocks):
     """One pass of all sequences; methods in the order they are called."""
 
     def __init__(
         self, collector: Collector, ids: Tensor, batch: int, streaming: Streaming, progress: Progress | None
     ) -> None:
-        self.collector, self.model = collector, collector.model
-        self.layers = layers_of(self.model, collector.family)
-        self.count, self.batch = len(self.layers), batch
-        self.device, self.dtype = streaming.resolved_device(self.model), streaming.dtype
-        self.ids, self.progress, self.done = ids, progress, 0
-        self.calls: dict[int, list[Call]] = {}  # by batch size: positions and mask depend on the shape alone
-        width = collector.statistics.units.layers[0].hidden_size
-        shape, dtype = (*ids.shape, width), self.dtype or self.model.dtype
+        model, family = collector.model, collector.family
+        count = len(layers_of(model, family))
+        shape = (*ids.shape, collector.statistics.units.layers[0].hidden_size)
         # inputs of the blocks, output of the last one, gradient of the output of the block that runs backward
-        self.states = HiddenStates(self.count + 2, shape, dtype, streaming.folder)
+        states = HiddenStates(count + 2, shape, streaming.dtype or model.dtype, streaming.folder)
+        super().__init__(
+            model, family, ids, batch, states, device=streaming.resolved_device(model), dtype=streaming.dtype,
+            progress=progress, total=2 * count * len(ids), fixed=collector.coupled,
+        )  # fmt: skip
+        self.collector = collector
         self.gradient = self.states[self.count + 1]
-
-    def embed(self) -> None:
-        """Inputs of the first block, and what every block gets besides."""
-        refuse_nonfinite_embeddings(self.model)
-        with self._here(_outside(self.model)):
-            self._micro_batches(lambda rows: self.states[0][rows].copy_(self._embed(self.ids[rows])))
-
-    @torch.no_grad()
-    def _embed(self, ids: Tensor) -> Tensor:
-        seen: list[Tensor] = []
-        calls: list[Call] = []
-
-        def catch(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            seen.append(hidden_states)
-            calls.append((args, kwargs))
-            return hidden_states
-
-        with self._replaced([catch] * self.count):
-            self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
-        self.calls.setdefault(len(ids), calls)
-        return seen[0].detach()
-
-    def _calls(self, index: int, size: int) -> Call:
-        if size not in self.calls:
-            with self._here(_outside(self.model)):
-                self._embed(self.ids[:size])
-        return self.calls[size][index]
 
     def forward(self, index: int) -> None:
         """Outputs of one block for all sequences; its weights are read, and checked, here."""
@@ -140,23 +108,13 @@ class _Run:
 
         @torch.no_grad()
         def step(rows: slice) -> None:
-            out = self._block(index, self.states[index][rows].to(self.device))
-            if not torch.isfinite(out).all():
-                raise ValueError(
-                    f"expected finite hidden states, found NaN or inf in the output of layer {index} "
-                    f"for sequences {rows.start} to {rows.stop - 1}"
-                )
+            out = self.finite(self.block(index, self.states[index][rows].to(self.device)), index, rows)
             self.states[index + 1][rows] = out.to(CPU)
 
-        with self._here(_tensors(layer)):
-            refuse_nonfinite_layer(layer, self.collector.family, index)
+        with self.here(tensors_of(layer)):
+            refuse_nonfinite_layer(layer, self.family, index)
             self.collector.measure_weights(index)
-            self._micro_batches(step, counted=True)
-
-    def _block(self, index: int, hidden: Tensor) -> Tensor:
-        args, kwargs = self._calls(index, len(hidden))
-        out = self.layers[index](hidden, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+            self.micro_batches(step, counted=True)
 
     def head(self) -> None:
         """Loss of every sequence, and its gradient with respect to the last block's output."""
@@ -164,7 +122,7 @@ class _Run:
         def step(rows: slice) -> None:
             hidden = self.states[self.count][rows].to(self.device, copy=True).requires_grad_()
             identity: list[Callable[..., Tensor]] = [lambda hidden_states, *_, **__: hidden_states] * (self.count - 1)
-            with self._replaced([*identity, lambda *_, **__: hidden]):
+            with self.replaced([*identity, lambda *_, **__: hidden]):
                 losses = backward_sequence_losses(
                     self.model, self.ids[rows].to(self.device), None, 1.0 / self.collector.scale
                 )
@@ -176,8 +134,8 @@ class _Run:
             assert hidden.grad is not None  # backward has just run
             self.gradient[rows] = hidden.grad.to(CPU)
 
-        with self._here(_outside(self.model)):
-            self._micro_batches(step)
+        with self.here(outside(self.model, self.family)):
+            self.micro_batches(step)
         self.states.drop(self.count)
 
     def backward(self, index: int) -> None:
@@ -187,65 +145,19 @@ class _Run:
             self.collector.begin(sequence_spans(torch.ones_like(self.ids[rows])), index)
             hidden = self.states[index][rows].to(self.device, copy=True).requires_grad_()
             with torch.enable_grad():
-                out = self._block(index, hidden)
+                out = self.block(index, hidden)
             out.backward(self.gradient[rows].to(self.device))
             self.collector.finish()
             assert hidden.grad is not None  # backward has just run
             self.gradient[rows] = hidden.grad.to(CPU)
 
-        with self._here(_tensors(self.layers[index])):
-            self._micro_batches(step, counted=True)
+        with self.here(tensors_of(self.layers[index])):
+            self.micro_batches(step, counted=True)
         self.states.drop(index)
-
-    def _micro_batches(self, step: Callable[[slice], object], counted: bool = False) -> None:
-        def one(rows: slice) -> None:
-            step(rows)
-            if counted and self.progress is not None:
-                self.done += rows.stop - rows.start
-                self.progress(self.done, 2 * self.count * len(self.ids))
-
-        self.batch = in_micro_batches(len(self.ids), self.batch, one, fixed=self.collector.coupled)
-
-    @contextmanager
-    def _here(self, tensors: Iterable[Tensor]) -> Iterator[None]:
-        """``tensors`` on the device, in the dtype, while the context is open."""
-        undo = Undo()
-        try:
-            for tensor in tensors:
-                dtype = self.dtype if isinstance(tensor, nn.Parameter) else None  # buffers keep their own
-                host = tensor.data
-                moved = host.to(self.device, dtype)
-                if moved is not host:
-                    undo.add(partial(setattr, tensor, "data", host))
-                    tensor.data = moved
-            yield
-        finally:
-            undo.restore()
-
-    @contextmanager
-    def _replaced(self, forwards: Iterable[Callable[..., Any]]) -> Iterator[None]:
-        """The blocks' forwards replaced, one by one, while the context is open."""
-        undo = Undo()
-        try:
-            for layer, forward in zip(self.layers, forwards, strict=True):
-                undo.patch_forward(layer, forward)
-            yield
-        finally:
-            undo.restore()
 
 
 def streamed_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     """The most bytes of weights in ``dtype`` that are on the device at a time: a block's, or all that is in none."""
-    parts = [_outside(model), *map(_tensors, layers_of(model, family_of(model)))]
+    family = family_of(model)
+    parts = [outside(model, family), *map(tensors_of, layers_of(model, family))]
     return max(sum(tensor.numel() for tensor in part) for part in parts) * dtype.itemsize
-
-
-def _outside(model: PreTrainedModel) -> list[Tensor]:
-    """Everything of the model that is not in a block."""
-    prefix = f"{family_of(model).layers}."
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return [tensor for name, tensor in named if not name.startswith(prefix)]
-
-
-def _tensors(layer: nn.Module) -> list[Tensor]:
-    return [*layer.parameters(), *layer.buffers()]

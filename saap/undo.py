@@ -32,6 +32,13 @@ class Undo:
                 self.add(partial(parameter.requires_grad_, True))
                 parameter.requires_grad_(False)
 
+    def eval_mode(self, model: nn.Module) -> None:
+        """Eval mode for ``model`` until ``restore``, which knows which modules were training."""
+        for module in model.modules():
+            if module.training:
+                self.add(partial(setattr, module, "training", True))
+        model.eval()
+
     def restore(self) -> None:
         while self._steps:
             self._steps.pop()()

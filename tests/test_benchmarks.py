@@ -10,7 +10,7 @@ import torch
 
 NAMES = (
     "replan", "criteria", "calibrate_model", "calibration_kernels", "calibrate_streamed", "torch_pruning_taylor",
-    "cost_model",
+    "cost_model", "compensation", "least_squares",
 )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ import typer
 
 from saap.criteria import CRITERIA
 from saap.data import FORMS
+from saap.latency import LatencyTable, device_name
+from saap.resources import Bytes, Latency, Macs, Resource
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face model directory (dense or pruned) or a hub name.")]
 Data = Annotated[str | None, typer.Option(help=f"Calibration text. {FORMS}")]
@@ -15,12 +17,38 @@ Ratio = Annotated[
 ]
 Criterion = Annotated[str, typer.Option(help=f"How units are scored: {', '.join(CRITERIA)}.")]
 Method = Annotated[
-    Literal["global", "uniform"], typer.Option(help="One ranking over all layers, or the same share in each.")
+    Literal["global", "standardised", "fluctuation", "uniform"],
+    typer.Option(
+        help="One ranking by score per saved resource, by z-scores (FLAP's), by those of importance less its "
+        "fluctuation, or the same share in every layer."
+    ),
 ]
 RatioOf = Annotated[Literal["model", "blocks"], typer.Option(help="What the ratio is a share of.")]
 Multiple = Annotated[int, typer.Option(help="Kept MLP widths are multiples of this.")]
 Protect = Annotated[str, typer.Option(help="Layers left alone, such as 0,1,-1.")]
 Uniform = Annotated[bool, typer.Option("--uniform", help="The same sizes in every layer: saves as a stock model.")]
+FluctuationWeight = Annotated[
+    float, typer.Option(help="Of --method fluctuation: how much z(fluctuation) counts against z(importance).")
+]
+AllowEmpty = Annotated[bool, typer.Option("--allow-empty", help="Whole attentions and MLPs may go.")]
+ResourceName = Annotated[
+    Literal["parameters", "macs", "bytes", "latency"],
+    typer.Option("--resource", help="What the ratio is counted in; latency needs --latency-table."),
+]
+Context = Annotated[int, typer.Option(help="Tokens in the cache, for macs and bytes.")]
+LatencyFile = Annotated[
+    Path | None,
+    typer.Option("--latency-table", help="Made by python -m benchmarks.latency_table on the target device."),
+]
+LatencyDevice = Annotated[
+    str | None,
+    typer.Option(help="The device that the latency table must be of, instead of this machine's; any: whatever it is."),
+]
+Compensate = Annotated[
+    Literal["none", "bias", "least_squares"],
+    typer.Option(help="Make up for what is removed by a bias or new weights of o and down; needs --data."),
+]
+Steps = Annotated[int, typer.Option(help="Prune in so many steps, calibrating again after each; needs --data.")]
 Samples = Annotated[int, typer.Option(help="Calibration sequences.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per calibration sequence.")]
 EvalSeqLen = Annotated[int, typer.Option("--seq-len", help="Window length; cut to the model's positions.")]
@@ -68,3 +96,26 @@ def calibration_options(
         "samples": samples, "seq_len": seq_len, "batch_size": _batch_size(batch_size),
         "checkpoint": SWITCH[checkpoint], "backend": backend, "seed": seed,
     }  # fmt: skip
+
+
+def search_options(
+    method: str, fluctuation_weight: float, ratio_of: str, resource: str, context: int, latency_table: Path | None,
+    latency_device: str | None, multiple: int, protect: str, uniform: bool, allow_empty: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Keyword arguments of ``saap.search`` from the command line's text."""
+    return {
+        "method": method, "fluctuation_weight": fluctuation_weight, "ratio_of": ratio_of,
+        "resource": _resource(resource, context, latency_table, latency_device), "multiple": multiple,
+        "protect": layer_indices(protect), "uniform": uniform, "allow_empty": allow_empty,
+    }  # fmt: skip
+
+
+def _resource(name: str, context: int, table: Path | None, device: str | None) -> str | Resource:
+    if (name == "latency") != (table is not None):
+        raise ValueError(f"--resource latency and --latency-table go together; got {name} and {table}")
+    if context and name not in ("macs", "bytes"):
+        raise ValueError(f"--context is for --resource macs or bytes; got {name}")
+    if table is not None:
+        return Latency(LatencyTable.load(table, None if device == "any" else device or device_name()))
+    kinds: dict[str, Resource] = {"macs": Macs(context), "bytes": Bytes(context=context)}
+    return kinds.get(name, name)

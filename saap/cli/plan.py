@@ -6,23 +6,49 @@ from typing import Annotated
 import typer
 
 from saap import console, pipeline
-from saap.cli.options import AsJson, Criterion, Debug, Force, Method, Multiple, Protect, RatioOf, Uniform, layer_indices
+from saap.cli.options import (
+    AllowEmpty,
+    AsJson,
+    Context,
+    Criterion,
+    Debug,
+    FluctuationWeight,
+    Force,
+    LatencyDevice,
+    LatencyFile,
+    Method,
+    Multiple,
+    Protect,
+    RatioOf,
+    ResourceName,
+    Uniform,
+    search_options,
+)
 from saap.criteria import score
 from saap.plan import Plan
+from saap.results import describe_plan
 from saap.search import search
 from saap.statistics import Statistics
 
 
 def plan(
     statistics: Annotated[Path, typer.Argument(help="A statistics file written by saap calibrate.")],
-    ratio: Annotated[float, typer.Option(help="Share of the parameters to remove, in (0, 1).")],
+    ratio: Annotated[
+        float, typer.Option(help="Share of the parameters, or other resource, to remove, in (0, 1).")
+    ],
     out: Annotated[Path, typer.Option(help="The plan file, .json.")],
     criterion: Criterion = "saap",
     method: Method = "global",
+    fluctuation_weight: FluctuationWeight = 0.5,
     ratio_of: RatioOf = "model",
+    resource: ResourceName = "parameters",
+    context: Context = 0,
+    latency_table: LatencyFile = None,
+    latency_device: LatencyDevice = None,
     multiple: Multiple = 32,
     protect: Protect = "",
     uniform: Uniform = False,
+    allow_empty: AllowEmpty = False,
     force: Force = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -34,13 +60,14 @@ def plan(
     """
     with console.user_errors(debug):
         pipeline.refuse_existing_file(out, force)
-        found = search(
-            score(Statistics.load(statistics), criterion), ratio, ratio_of=ratio_of, method=method,
-            multiple=multiple, protect=layer_indices(protect), uniform=uniform,
+        options = search_options(
+            method, fluctuation_weight, ratio_of, resource, context, latency_table, latency_device, multiple,
+            protect, uniform, allow_empty,
         )  # fmt: skip
+        found = search(score(Statistics.load(statistics), criterion), ratio, **options)
         found.save(out)
         if as_json:
-            console.print_json({"out": str(out), **pipeline.describe_plan(found)})
+            console.print_json({"out": str(out), **describe_plan(found)})
         else:
             _print_plan(found)
 

@@ -5,35 +5,44 @@ from typing import Annotated, Literal
 
 import typer
 
-from saap import console, pipeline
+from saap import console, pipeline, results
 from saap.cli.options import (
     SWITCH,
+    AllowEmpty,
     AsJson,
     Backend,
     BatchSize,
     Checkpoint,
+    Compensate,
+    Context,
     Criterion,
     Data,
     Debug,
     Dtype,
+    FluctuationWeight,
     Force,
+    LatencyDevice,
+    LatencyFile,
     Method,
     Model,
     Multiple,
     Protect,
     Ratio,
     RatioOf,
+    ResourceName,
     Samples,
     Seed,
     SeqLen,
+    Steps,
     Stream,
     StreamFolder,
     Uniform,
     calibration_options,
-    layer_indices,
+    search_options,
 )
 from saap.distributed import refuse_ranks
 from saap.opening import open_for_calibration, open_tokenizer
+from saap.preview import preview, report_dry_run
 
 
 def prune(
@@ -53,10 +62,18 @@ def prune(
     ] = None,
     criterion: Criterion = "saap",
     method: Method = "global",
+    fluctuation_weight: FluctuationWeight = 0.5,
     ratio_of: RatioOf = "model",
+    resource: ResourceName = "parameters",
+    context: Context = 0,
+    latency_table: LatencyFile = None,
+    latency_device: LatencyDevice = None,
     multiple: Multiple = 32,
     protect: Protect = "",
     uniform: Uniform = False,
+    allow_empty: AllowEmpty = False,
+    compensate: Compensate = "none",
+    steps: Steps = 1,
     samples: Samples = 128,
     seq_len: SeqLen = 512,
     batch_size: BatchSize = "auto",
@@ -85,14 +102,15 @@ def prune(
     console.quiet_libraries()
     with console.user_errors(debug):
         refuse_ranks("prune", "calibrate with torchrun, then prune with --statistics")
-        options = {
-            "ratio_of": ratio_of, "method": method, "multiple": multiple,
-            "protect": layer_indices(protect), "uniform": uniform,
-        }  # fmt: skip
+        options = search_options(
+            method, fluctuation_weight, ratio_of, resource, context, latency_table, latency_device, multiple,
+            protect, uniform, allow_empty,
+        )  # fmt: skip
         job = pipeline.Job(
             out, pipeline.parse_ratios(ratio, plan), data, plan, statistics, save_statistics, eval_text, criterion,
             options, calibration_options(samples, seq_len, batch_size, checkpoint, backend, seed), layout, force,
             report=report, baselines=tuple(name.strip() for name in baselines.split(",") if name.strip()),
+            compensate=compensate, steps=steps,
         )  # fmt: skip
         job.check_files()
         with console.screen.status("loading the model"):
@@ -100,6 +118,6 @@ def prune(
             tokenizer = open_tokenizer(model)
         job.calibration["stream"] = streaming or False
         if dry_run:
-            pipeline.report_dry_run(job.preview(loaded), as_json)
+            report_dry_run(preview(job, loaded), as_json)
         else:
-            pipeline.report(job.run(loaded, tokenizer), as_json)
+            results.report(job.run(loaded, tokenizer), as_json)

@@ -2,8 +2,8 @@
 
 ``SaapLlamaForCausalLM`` and ``SaapLlamaModel`` build the stock Llama and give every layer's projections the
 sizes that ``config.per_layer_config`` states. ``config.saap_layout`` holds the paths of the layers and
-projections; parts with one path are rows of one Linear. Classes are made on request from the name, so one
-file serves every family.
+projections, and which of these have a bias; parts with one path are rows of one Linear. Classes are made on
+request from the name, so one file serves every family.
 """
 
 import warnings
@@ -93,15 +93,16 @@ class _Resized:
         for path in dict.fromkeys(paths.values()):
             old = layer.get_submodule(path)
             inside = path in (paths["o"], paths["down"])
-            extent = sum(extents[part] for part in paths if paths[part] == path)
-            if (old.in_features if inside else old.out_features) == extent:
+            here = [part for part in paths if paths[part] == path]
+            bias = old.bias is not None or any(part in layout.get("biases", ()) for part in here)
+            extent = sum(extents[part] for part in here)
+            if (old.in_features if inside else old.out_features) == extent and bias is (old.bias is not None):
                 continue
             shape = (extent, old.out_features) if inside else (old.in_features, extent)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of a module that is gone
-                new = nn.Linear(
-                    *shape, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
-                ).requires_grad_(old.weight.requires_grad)
+                new = nn.Linear(*shape, bias=bias, device=old.weight.device, dtype=old.weight.dtype)
+            new.requires_grad_(old.weight.requires_grad)
             if not new.weight.is_meta:
                 self._init_weights(new)
             layer.set_submodule(path, new)

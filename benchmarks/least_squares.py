@@ -1,0 +1,66 @@
+"""Least squares for one down projection of a 7B model against one torch.linalg.solve of the whole Gram matrix.
+
+Ours starts from the Gram matrix G of all 11008 inputs and the 4096 x 11008 weight W, with 20 % of the inputs
+removed: it forms the right-hand side from the removed columns, damps, factorises the kept part by Cholesky and
+solves for the change of 4096 rows, in float64. The peer is one LU solve of G with 4096 right-hand sides, in
+torch's default fp32 (less exact: a bound that is harder to keep) and in float64.
+"""
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import Row, run
+from benchmarks.timing import interleave
+from saap.least_squares import NormalEquations
+
+ROWS, COLUMNS, TOKENS, REMOVED = 4096, 11008, 16384, 0.2
+
+
+def gram_matrix(columns: int, tokens: int, device: str) -> Tensor:
+    """(F, F) float64 of random correlated inputs, more of them than features."""
+    generator = torch.Generator(device).manual_seed(0)
+    gram = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+    mix = torch.randn(columns, generator=generator, device=device)
+    for rows in torch.arange(tokens).split(2048):
+        inputs = torch.randn(len(rows), columns, generator=generator, device=device)
+        inputs += 0.5 * inputs.roll(1, 1) + torch.randn(len(rows), 1, generator=generator, device=device) * mix
+        gram += inputs.T @ inputs
+    return gram
+
+
+def ours(gram: Tensor, weight: Tensor, kept: Tensor, removed: Tensor, tokens: int) -> Tensor:
+    """The change (D, K) of the kept columns, float64."""
+    stays = gram[kept]
+    sums = torch.zeros(len(kept) + len(weight), dtype=torch.float64, device=gram.device)  # not needed without a bias
+    known = NormalEquations(
+        tokens, stays[:, kept], stays[:, removed] @ weight[:, removed].double().T, *sums.split([len(kept), len(weight)])
+    )
+    del stays
+    return known.solve(1e-3, affine=False)[0]
+
+
+def measure(quick: bool) -> list[Row]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows, columns, tokens = (256, 688, 2048) if quick else (ROWS, COLUMNS, TOKENS)
+    gram = gram_matrix(columns, tokens, device)
+    weight = torch.randn(rows, columns, generator=torch.Generator(device).manual_seed(1), device=device)
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(2)).to(device)
+    gone = int(REMOVED * columns)
+    removed, kept = order[:gone].sort().values, order[gone:].sort().values
+    damped, sides = gram + 1e-3 * gram.diagonal().mean() * torch.eye(columns, device=device), weight.T.contiguous()
+    operands = {dtype: (damped.to(dtype), sides.to(dtype)) for dtype in (torch.float32, torch.float64)}
+    variants = {
+        "ours": lambda _: ours(gram, weight, kept, removed, tokens),
+        "fp32": lambda _: torch.linalg.solve(*operands[torch.float32]),
+        "float64": lambda _: torch.linalg.solve(*operands[torch.float64]),
+    }
+    seconds = interleave(variants, 3 if quick else 1, 1, device)
+    name = f"{rows} x {columns}, {REMOVED:.0%} removed: least squares / torch.linalg.solve"
+    return [
+        Row.compare(f"{name} fp32", seconds["ours"], seconds["fp32"], "s", "" if quick else "<= 3"),
+        Row.compare(f"{name} float64", seconds["ours"], seconds["float64"], "s"),
+    ]
+
+
+if __name__ == "__main__":
+    run(__doc__ or "", measure)

@@ -1,0 +1,65 @@
+"""What ``saap prune --dry-run`` says: sizes and memory, without doing anything."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from saap import console
+from saap.memory import available_bytes, weight_bytes
+from saap.micro_batches import fit_micro_batches
+from saap.pipeline import Job
+from saap.resources import named_resource
+from saap.search import check_ratio
+from saap.stream import Streaming, streamed_bytes
+from saap.units import Units, discover
+
+
+def preview(job: Job, model: PreTrainedModel) -> dict[str, Any]:
+    """Sizes and memory of a job; raises the ValueError of a ratio that cannot be reached."""
+    units = discover(model)
+    for ratio in job.ratios:
+        check_ratio(units, ratio, **job.search_options)
+    options, stream = job.calibration, job.calibration.get("stream")
+    device, dtype, streamed = model.device, model.dtype, None
+    if isinstance(stream, Streaming):
+        device, dtype = stream.resolved_device(model), stream.dtype or dtype
+        streamed = streamed_bytes(model, dtype)
+    fit = fit_micro_batches(
+        units, options["samples"], options["seq_len"], dtype, device,
+        batch_size=options["batch_size"], checkpoint=options["checkpoint"], streamed_bytes=streamed,
+    )  # fmt: skip
+    return {
+        "family": units.family,
+        "layers": len(units.layers),
+        "parameters": units.total_parameters,
+        "block_parameters": units.block_parameters,
+        "kv_heads": units.count("attention"),
+        "channels": units.count("mlp"),
+        "weight_bytes": weight_bytes(model),
+        "batch_size": fit.batch,
+        "checkpointing": fit.recompute,
+        "activation_bytes": fit.activation_bytes,
+        "available_bytes": available_bytes(device),
+        "would_remove": {f"{r:g}": _share(job, units, r) for r in job.ratios},
+        "outputs": [str(path) for path in job.targets().values()],
+    }
+
+
+def _share(job: Job, units: Units, ratio: float) -> int:
+    """What a ratio would remove at least, in the resource that it is of."""
+    resource = named_resource(job.search_options.get("resource", "parameters"))
+    return int(ratio * resource.whole(units, job.search_options["ratio_of"]))
+
+
+def report_dry_run(preview: dict[str, Any], as_json: bool) -> None:
+    """Print a preview without having done anything."""
+    if as_json:
+        console.print_json(preview)
+        return
+    for name, value in preview.items():
+        shown = (
+            f"{value / 2**20:,.1f} MiB" if name.endswith("bytes") else f"{value:,}" if isinstance(value, int) else value
+        )
+        print(f"{name.replace('_', ' ')}: {shown}")
+    print(f"nothing was done; {torch.get_num_threads()} threads would work")

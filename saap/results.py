@@ -1,0 +1,62 @@
+"""What ``saap prune`` made, and how it is printed."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saap import console
+from saap.evaluate import Evaluation
+from saap.plan import Plan
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """The plan's sizes as plain values."""
+    return {
+        "removed_share": plan.ratio,
+        "removed_share_of_blocks": plan.block_ratio,
+        "parameters": plan.units.total_parameters - plan.removed_parameters,
+        "kv_heads": [len(layer.kv_heads) for layer in plan.layers],
+        "channels": [len(layer.channels) for layer in plan.layers],
+    }
+
+
+@dataclass(frozen=True)
+class Result:
+    """One pruned model on disk; ``baselines`` are what other criteria would have made of it."""
+
+    out: Path
+    plan: Plan
+    evaluation: Evaluation | None
+    baselines: list[tuple[str, Evaluation]] = field(default_factory=list)
+    report: Path | None = None
+
+
+def report(results: list[Result], as_json: bool) -> None:
+    """Print what was made, as a table or as JSON."""
+    if as_json:
+        outputs = [
+            {
+                "out": str(r.out),
+                **describe_plan(r.plan),
+                "evaluation": r.evaluation and r.evaluation.to_dict(),
+                "baselines": {name: found.to_dict() for name, found in r.baselines},
+                "report": r.report and str(r.report),
+            }
+            for r in results
+        ]
+        console.print_json({"outputs": outputs})
+        return
+    evaluated = [r for r in results if r.evaluation is not None]
+    if evaluated:
+        first = next(r.evaluation for r in evaluated if r.evaluation is not None)
+        rows = [] if first.against is None else [console.evaluation_row("dense", first.against)]
+        for r in evaluated:
+            share = f" {r.plan.ratio:.0%}" if len(results) > 1 else ""
+            shown = [(r.out.name, r.evaluation), *((f"{name}{share}", e) for name, e in r.baselines)]
+            rows += [console.evaluation_row(name, e) for name, e in shown if e is not None]
+        console.print_table(f"windows of {first.seq_len} tokens", console.EVALUATION_HEADER, rows)
+    for r in results:
+        kept = r.plan.units.total_parameters - r.plan.removed_parameters
+        print(f"{r.out}: {kept:,} parameters, {r.plan.ratio:.2%} removed ({r.plan.block_ratio:.2%} of the blocks)")
+        if r.report is not None:
+            print(f"  what happened to it: {r.report}")
