@@ -72,7 +72,7 @@ def test_trust_remote_code_loads_added_biases_where_saap_is_not_importable(tmp_p
     model = compensated(kind, "non-uniform")
     save(model, tmp_path / "out")
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "hf/modules")}
-    command = [sys.executable, "-I", "-c", ISOLATED, str(tmp_path / "out")]
+    command = [sys.executable, "-I", "-c", ISOLATED, str(tmp_path / "out"), "sdpa"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
