@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-import torch_pruning as tp
 from torch import nn
 
-from saap.adapters.torch_pruning import TaylorImportance
 from tests.saap.tiny import tiny_model
+
+tp = pytest.importorskip("torch_pruning", reason="torch-pruning is an optional extra")
+from saap.adapters.torch_pruning import TaylorImportance  # noqa: E402  needs what the line above looks for
 
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
