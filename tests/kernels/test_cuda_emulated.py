@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from saap_kernels import _ext, cuda
+from tests.kernels import cuda_cases
 from tests.kernels.cuda_cases import *  # noqa: F403  every case
 from tests.kernels.emulator.build import build_emulated
 from tests.kernels.test_calibration_ops import problem
@@ -14,6 +15,7 @@ def emulated(tmp_path_factory):
     module = build_emulated(tmp_path_factory.mktemp("emulated"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_ext, "native", lambda: module)
+        patch.setattr(cuda_cases, "DEVICE", "cpu")  # also where there is a GPU: the emulator reads host memory
         yield module
 
 

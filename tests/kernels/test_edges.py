@@ -60,3 +60,11 @@ def test_a_missing_cuda_part_is_one_line_and_the_next_backend_runs(monkeypatch, 
         K.activation_salience(x, x, spans)
     monkeypatch.delenv("SAAP_BACKEND")
     assert K.activation_salience(x, x, spans).tolist() == [[2.0] * 4]
+
+
+def test_far_offsets_touch_only_the_pages_of_their_rows() -> None:
+    from benchmarks.common import anonymous_bytes, peak_memory
+
+    with peak_memory(anonymous_bytes) as peak:
+        edges.offsets_past_2_to_the_31(runner("cpu"), torch.float32)
+    assert peak() < 1 << 30  # the storage spans 10 GiB
