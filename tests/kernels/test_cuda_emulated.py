@@ -19,6 +19,10 @@ def emulated(tmp_path_factory):
         yield module
 
 
+def test_the_module_says_what_it_needs(emulated) -> None:
+    assert emulated.cuda_versions() == (13010, 13000) and emulated.cuda_image_error() == ""
+
+
 def test_a_failed_launch_carries_the_name_of_the_kernel(monkeypatch) -> None:
     x, dy, w, _, spans = problem(17, 6, 9, torch.float16)
     monkeypatch.setattr(cuda, "_DTYPES", {torch.float16: 9})  # what the kernels refuse
