@@ -18,12 +18,11 @@ def launching(name: str, device: torch.device) -> Iterator[None]:
             yield
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, *_triton_errors()) as error:
+        except _failures() as error:
             raise RuntimeError(f"{name} on {device}: {error}") from error
 
 
-def _triton_errors() -> tuple[type[Exception], ...]:
-    """Triton's base error, which is no RuntimeError (too much shared memory for a device is one): whoever raised it
-    has loaded Triton."""
-    module = sys.modules.get("triton.errors")
-    return () if module is None else (module.TritonError,)
+def _failures() -> tuple[type[Exception], ...]:
+    """RuntimeError, and Triton's errors, which are none: that a device has too little shared memory is one."""
+    module = sys.modules.get("triton.errors")  # whoever raised such an error has loaded Triton
+    return (RuntimeError,) if module is None else (RuntimeError, module.TritonError)

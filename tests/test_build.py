@@ -69,10 +69,11 @@ def test_wheel_with_nvcc_holds_the_cuda_kernels(tmp_path) -> None:
     target = tmp_path / "unpacked"
     zipfile.ZipFile(wheel).extractall(target)
     (target / "saap_kernels/__init__.py").write_text("")
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import saap_kernels._C as c; print(c.cuda_built, *c.cuda_versions())"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from saap_kernels import _C; "
+    code += "print(_C.cuda_built, _C.cuda_versions())"
     out = subprocess.run([sys.executable, "-I", "-c", code, str(target)], capture_output=True, text=True, check=True)
-    built, _, runtime = out.stdout.split()  # imported, and asked, on a machine that may have no driver
-    assert built == "True" and int(runtime) >= 11000
+    # imported, and asked for the versions of the driver and the runtime, on a machine that may have no driver
+    assert re.match(r"True \(\d+, 1\d\d\d\d\)", out.stdout)
 
 
 def test_bad_build_settings_are_named(tmp_path) -> None:
