@@ -113,8 +113,12 @@ class _Run:
         with self._here(_outside(self.model)):
             self._micro_batches(lambda rows: self.states[0][rows].copy_(self._embed(self.ids[rows])))
 
-    @torch.no_grad()
     def _embed(self, ids: Tensor) -> Tensor:
+        return self._enter(len(ids), input_ids=ids.to(self.device))
+
+    @torch.no_grad()
+    def _enter(self, size: int, **inputs: Tensor) -> Tensor:
+        """Input of the first block; keeps what every block gets besides."""
         seen: list[Tensor] = []
         calls: list[Call] = []
 
@@ -124,14 +128,16 @@ class _Run:
             return hidden_states
 
         with self._replaced([catch] * self.count):
-            self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
-        self.calls.setdefault(len(ids), calls)
+            self.model.base_model(**inputs, use_cache=False)
+        self.calls.setdefault(size, calls)
         return seen[0].detach()
 
     def _calls(self, index: int, size: int) -> Call:
-        if size not in self.calls:
-            with self._here(_outside(self.model)):
-                self._embed(self.ids[:size])
+        if size not in self.calls:  # after running out of memory: without the embeddings and the head beside a block
+            rows = self.model.get_input_embeddings().weight
+            shape, dtype = (size, self.ids.shape[1], rows.shape[1]), self.dtype or rows.dtype
+            with self._here(_outside(self.model, embeddings=False)):
+                self._enter(size, inputs_embeds=torch.zeros(shape, dtype=dtype, device=self.device))
         return self.calls[size][index]
 
     def forward(self, index: int) -> None:
@@ -240,11 +246,12 @@ def streamed_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     return max(sum(tensor.numel() for tensor in part) for part in parts) * dtype.itemsize
 
 
-def _outside(model: PreTrainedModel) -> list[Tensor]:
-    """Everything of the model that is not in a block."""
+def _outside(model: PreTrainedModel, embeddings: bool = True) -> list[Tensor]:
+    """Everything of the model that is not in a block; input embeddings and head only with ``embeddings``."""
     prefix = f"{family_of(model).layers}."
+    large = [] if embeddings else [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
     named = [*model.named_parameters(), *model.named_buffers()]
-    return [tensor for name, tensor in named if not name.startswith(prefix)]
+    return [tensor for name, tensor in named if not name.startswith(prefix) and all(tensor is not t for t in large)]
 
 
 def _tensors(layer: nn.Module) -> list[Tensor]:
