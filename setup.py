@@ -62,6 +62,7 @@ class BuildNative(build_ext):
 
     def build_extensions(self) -> None:
         (extension,) = self.extensions
+        self.force = True  # no file's time says whether an earlier build had CUDA in it
         if self._openmp_works():
             extension.extra_compile_args.append("-fopenmp")
             extension.extra_link_args.append("-fopenmp")

@@ -134,4 +134,18 @@ int activation_planes(const ActivationPlanes& a) {
 
 const char* cuda_error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
+CudaVersions cuda_versions() {
+  CudaVersions versions{0, 0};
+  cudaDriverGetVersion(&versions.driver);
+  cudaRuntimeGetVersion(&versions.runtime);
+  return versions;
+}
+
+int cuda_image_error() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(sum_sequence));
+  cudaGetLastError();  // or the next launch would report this error
+  return error;
+}
+
 }  // namespace saap

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 
@@ -73,6 +74,20 @@ PYBIND11_MODULE(_C, m) {
       py::arg("x"), py::arg("x_pitch"), py::arg("dx"), py::arg("dx_pitch"), py::arg("spans"), py::arg("sequences"),
       py::arg("features"), py::arg("shift"), py::arg("salience"), py::arg("statistics"), py::arg("threads"));
 #ifdef SAAP_CUDA
+  m.def(
+      "cuda_versions",
+      [] {
+        const auto versions = saap::cuda_versions();
+        return py::make_tuple(versions.driver, versions.runtime);
+      },
+      "CUDA version of the driver (0: none) and of the runtime this module is linked with, 1000 * major + 10 * minor.");
+  m.def(
+      "cuda_image_error",
+      []() -> std::string {
+        const int error = saap::cuda_image_error();
+        return error == 0 ? "" : saap::cuda_error_string(error);
+      },
+      "Why the kernels cannot run on the current device; empty when they can.");
   m.def("activation_planes", [](uintptr_t x, int64_t x_pitch, uintptr_t dx, int64_t dx_pitch, uintptr_t shift,
                                 uintptr_t blocks, int64_t block_count, uintptr_t starts, int64_t sequences,
                                 int64_t features, std::array<int64_t, 5> slots, int64_t planes, int dtype,

@@ -92,4 +92,14 @@ WeightSalienceTile weight_salience_tile(Dtype dtype);
 int weight_salience(const WeightSalience& arguments);
 const char* cuda_error_string(int error);
 
+struct CudaVersions {
+  int driver, runtime;  // 1000 * major + 10 * minor; driver is 0 where there is none
+};
+
+// What the driver supports, and the runtime that this module is linked with. Works without a driver.
+CudaVersions cuda_versions();
+
+// Whether this module has code for the current device: all kernels have the same targets. Returns a cudaError_t.
+int cuda_image_error();
+
 }  // namespace saap

@@ -41,8 +41,12 @@ class Blocks:
         with self.here(outside(self.model, self.family)):
             self.micro_batches(lambda rows: self.states[0][rows].copy_(self._embed(self.ids[rows])))
 
-    @torch.no_grad()
     def _embed(self, ids: Tensor) -> Tensor:
+        return self._enter(len(ids), input_ids=ids.to(self.device))
+
+    @torch.no_grad()
+    def _enter(self, size: int, **inputs: Tensor) -> Tensor:
+        """Input of the first block; keeps what every block gets besides."""
         seen: list[Tensor] = []
         calls: list[Call] = []
 
@@ -52,8 +56,8 @@ class Blocks:
             return hidden_states
 
         with self.replaced([catch] * self.count):
-            self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
-        self._calls.setdefault(len(ids), calls)
+            self.model.base_model(**inputs, use_cache=False)
+        self._calls.setdefault(size, calls)
         return seen[0].detach()
 
     def block(self, index: int, hidden: Tensor) -> Tensor:
@@ -72,9 +76,11 @@ class Blocks:
         return out
 
     def _call(self, index: int, size: int) -> Call:
-        if size not in self._calls:
-            with self.here(outside(self.model, self.family)):
-                self._embed(self.ids[:size])
+        if size not in self._calls:  # after running out of memory: without the embeddings and the head beside a block
+            rows = self.model.get_input_embeddings().weight
+            shape, dtype = (size, self.ids.shape[1], rows.shape[1]), self.dtype or rows.dtype
+            with self.here(outside(self.model, self.family, embeddings=False)):
+                self._enter(size, inputs_embeds=torch.zeros(shape, dtype=dtype, device=self.device))
         return self._calls[size][index]
 
     def micro_batches(self, step: Callable[[slice], object], counted: bool = False) -> None:
@@ -116,11 +122,12 @@ class Blocks:
             undo.restore()
 
 
-def outside(model: PreTrainedModel, family: Family) -> list[Tensor]:
-    """Everything of the model that is not in a block."""
+def outside(model: PreTrainedModel, family: Family, embeddings: bool = True) -> list[Tensor]:
+    """Everything of the model that is not in a block; input embeddings and head only with ``embeddings``."""
     prefix = f"{family.layers}."
+    large = [] if embeddings else [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
     named = [*model.named_parameters(), *model.named_buffers()]
-    return [tensor for name, tensor in named if not name.startswith(prefix)]
+    return [tensor for name, tensor in named if not name.startswith(prefix) and all(tensor is not t for t in large)]
 
 
 def tensors_of(layer: nn.Module) -> list[Tensor]:

@@ -35,7 +35,8 @@ def collect(
     gives the sequences of each forward as half-open row ranges of the flattened (batch, tokens); None takes
     one sequence per row of the batch, from ``attention_mask`` where there is padding. The method's objective
     is the SUM over sequences of each one's mean loss: ``loss_scale`` is what your loss has in its place, for
-    instance 1 / batch size for a mean over equally long rows.
+    instance 1 / batch size for a mean over equally long rows. Under torch.autocast the statistics are those of
+    the rounded weights that the products took.
 
     Additive over any number of backward passes, one per forward; with ``coupled``, LLM-Pruner's coupled
     salience (the absolute value after the mean over sequences) too, for one pass only. Training mode,

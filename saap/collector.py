@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import saap_kernels
 from saap.families import Family, Projection, family_of, layers_of, projections_by_linear, projections_of
-from saap.record import BatchRecord, LayerRecord, RecordedLinear
+from saap.record import BatchRecord, LayerRecord, RecordedLinear, operands
 from saap.statistics import Statistics, merge_feature_moments
 from saap.undo import Undo
 from saap.units import IN_PARTS, Units, module_of
@@ -146,12 +146,12 @@ class Collector:
 
         Raises RuntimeError for a second one of coupled statistics.
         """
-        layers = dict(enumerate(self.statistics.units.layers))
-        if layer is not None:
-            layers = {layer: layers[layer]}
+        units = self.statistics.units.layers
+        layers = range(len(units)) if layer is None else [layer]
         if self.coupled and (self.batch is not None or any(self._folded[index][0] for index in layers)):
             raise RuntimeError("coupled statistics are exact for one forward and backward pass only, got a second one")
-        self.batch = BatchRecord(spans, layers, self._matrices, self.coupled)
+        matrices = self._matrices.items()  # of modules that have units left
+        self.batch = BatchRecord(spans, {i: {m: parts for m, parts in matrices if units[i].count(m)} for i in layers})
 
     def finish(self) -> None:
         """Fold the micro-batch into the statistics; raises ValueError naming a layer whose gradient is not finite."""
@@ -163,52 +163,49 @@ class Collector:
         self, batch: BatchRecord, index: int, part: str, projection: Projection,
         x: Tensor, y: Tensor | None, dx: Tensor, dy: Tensor,
     ) -> None:  # fmt: skip
-        sizes = self.statistics.units.layers[index]
-        module = module_of(part)
-        size = sizes.rows_per_unit(part)
-        spans, weight = batch.spans, projection.weight
-        inside = part in IN_PARTS
+        module, size = module_of(part), self.statistics.units.layers[index].rows_per_unit(part)
+        (weight, bias), spans, inside = operands(projection, dy.dtype), batch.spans, part in IN_PARTS
+        record = batch.layers[index][module]
         with saap_kernels.use_backend(self.backend):
             options: dict[str, Any] = {
                 "axis": "in" if inside else "out", "unit_size": size,
-                "bias": None if inside else projection.bias, "scale": self.scale,
+                "bias": None if inside else bias, "scale": self.scale,
             }  # fmt: skip
             element = saap_kernels.weight_salience(x, dy, weight, spans, want=ELEMENT_WANT, **options)
             coupled = saap_kernels.coupled_salience(x, dy, weight, spans, **options) if self.coupled else None
             if inside:
-                shift = self._feature_slice(index, module, "input_mean").to(x.device, torch.float32)
+                shift = self._shift(batch, index, module, x.device)
                 vector, inputs = saap_kernels.activation_salience_statistics(
                     x, dx, spans, unit_size=size, shift=shift, want=("sum", "square", "absmax", "abs")
                 )
-                batch.layers[index, module].inputs = shift.double().cpu(), inputs.double().cpu()
+                record.put_inputs(shift, inputs, batch.lengths(x.device), batch.tokens)
             else:
                 assert y is not None  # kept for every part whose rows belong to units
                 vector = saap_kernels.activation_salience(y, dy, spans, unit_size=size)
-        batch.layers[index, module].put(
-            part,
-            vector.double().cpu() * self.scale,
-            element.double().cpu(),
-            None if coupled is None else coupled.double().cpu(),
-        )
+        record.put(part, vector.double() * self.scale, element, coupled)
 
-    def _add_inputs(self, index: int, module: str, batch: BatchRecord, shift: Tensor, sums: Tensor) -> None:
-        """Merge sums (4, S, C), the first two about ``shift``, into the moments of an input."""
+    def _shift(self, batch: BatchRecord, index: int, module: str, device: torch.device) -> Tensor:
+        """What is known of the mean of an input, fp32; all layers of a batch get theirs in one transfer."""
+        offsets, first, last = self._features[module], min(batch.layers), max(batch.layers)
+        means = self.statistics.modules[module].input_mean[offsets[first] : offsets[last + 1]]
+        start, stop = offsets[index] - offsets[first], offsets[index + 1] - offsets[first]
+        return batch.there(f"mean input of {module}", device, means.float)[start:stop]
+
+    def _add_inputs(self, index: int, module: str, batch: BatchRecord, sums: dict[str, Tensor]) -> None:
+        """Merge the moments of an input over a batch's tokens into the statistics."""
         sequences, tokens = self._folded[index]
-        total, square = sums[:2].sum(1)  # each [C]
-        mean = total / batch.tokens
         merge_feature_moments(
             self._feature_slice(index, module, "input_mean"),
             self._feature_slice(index, module, "input_m2"),
             tokens,
-            mean + shift,
-            (square - total * mean).clamp_min(0),
+            sums["input_mean"],
+            sums["input_m2"],
             batch.tokens,
         )
         activity = self._feature_slice(index, module, "input_activity")
-        found = (sums[3] / batch.lengths[:, None]).square().mean(0)
-        activity += (found - activity) * (len(batch.lengths) / (sequences + len(batch.lengths)))
+        activity += (sums["input_activity"] - activity) * (len(batch.spans) / (sequences + len(batch.spans)))
         largest = self._feature_slice(index, module, "input_absmax")
-        torch.maximum(largest, sums[2].amax(0), out=largest)
+        torch.maximum(largest, sums["input_absmax"], out=largest)
 
     def _feature_slice(self, index: int, module: str, name: str) -> Tensor:
         start, stop = self._features[module][index : index + 2]
@@ -217,12 +214,13 @@ class Collector:
     def fold(self, batch: BatchRecord) -> None:
         """Add a complete micro-batch to the statistics; see ``finish``."""
         batch.check()
-        for (index, name), record in batch.layers.items():
-            self._fold(index, name, record, batch)
-        for index in batch.indices:
+        for index, records in batch.layers.items():
+            found, influence = batch.take(index), self.statistics.influence
+            for name, record in records.items():
+                self._fold(index, name, record, batch)
+                record.sums.clear()
             sequences, tokens = self._folded[index]
-            influence = self.statistics.influence
-            influence[index] += (batch.influence(index) - influence[index]) * (batch.tokens / (tokens + batch.tokens))
+            influence[index] += (found - influence[index]) * (batch.tokens / (tokens + batch.tokens))
             self._folded[index] = sequences + len(batch.spans), tokens + batch.tokens
         for module in self.statistics.modules.values():
             module.salience.count = min(sequences for sequences, _ in self._folded)
@@ -230,30 +228,30 @@ class Collector:
 
     def _fold(self, index: int, name: str, record: LayerRecord, batch: BatchRecord) -> None:
         module, start = self.statistics.modules[name], self._offsets[name][index]
-        units, new = record.vector.shape[-1], len(batch.spans)
+        units, new = record.sums["signed"].shape[-1], len(batch.spans)
         sequences, _ = self._folded[index]
         moments = module.salience.narrow(start, units)
         moments.count = sequences  # of this layer; another may have seen more or fewer
-        moments.merge_(record.moments())
-        assert record.inputs is not None  # complete records have it
-        self._add_inputs(index, name, batch, *record.inputs)
-        if record.coupled is not None:
+        moments.merge_(record.moments(new))
+        self._add_inputs(index, name, batch, record.sums)
+        if "coupled" in record.sums:
             assert module.coupled is not None  # made on construction
-            module.coupled[..., start : start + units] = record.coupled
+            module.coupled[..., start : start + units] = record.sums["coupled"]
         signed = module.signed.narrow(-1, start, units)
-        signed += (record.vector.mean(0) - signed) * (new / (sequences + new))
+        signed += (record.sums["signed"] - signed) * (new / (sequences + new))
 
     def measure_weights(self, index: int) -> None:
         """Read the norms of one layer's weights."""
         sizes = self.statistics.units.layers[index]
-        for part, projection in projections_of(layers_of(self.model, self.family)[index], self.family).items():
+        projections = projections_of(layers_of(self.model, self.family)[index], self.family)
+        for part, norms in line_norms(projections).items():
             name = module_of(part)
             if not sizes.count(name):
                 continue
             module = self.statistics.modules[name]
             row, start = module.matrices.index(part), self._offsets[name][index]
             units = slice(start, start + sizes.count(name))
-            for kind, lines in zip(("l1", "square"), line_norms(projection, part), strict=True):
+            for kind, lines in zip(("l1", "square"), norms, strict=True):
                 getattr(module, f"weight_{kind}")[row, units] = by_unit(lines, sizes, part)
                 if part in IN_PARTS:
                     self._feature_slice(index, name, f"column_{kind}").copy_(lines)

@@ -91,7 +91,7 @@ def _document(row: Any, where: str) -> Document:
 def _check_ids(ids: Tensor, where: str) -> Tensor:
     if ids.ndim != 1 or ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{where}: expected 1-D integer token ids, got {ids.dtype} of shape {tuple(ids.shape)}")
-    return ids.long()
+    return ids.long().cpu()  # packing and fingerprints happen there, wherever the caller's ids are
 
 
 def encode(tokenizer: PreTrainedTokenizerBase | None, document: Document) -> Tensor:

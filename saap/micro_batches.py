@@ -82,9 +82,11 @@ def in_micro_batches(total: int, batch: int, step: Callable[[slice], object], *,
         except torch.OutOfMemoryError:
             if batch == 1 or fixed:
                 raise
-            batch //= 2
-            warnings.warn(f"out of device memory: going on with micro-batches of {batch} sequences", stacklevel=3)
-            torch.cuda.empty_cache()
+        else:
+            done += batch
             continue
-        done += batch
+        # behind the handler: in it, the error's traceback still holds the failed step's activations
+        batch //= 2
+        warnings.warn(f"out of device memory: going on with micro-batches of {batch} sequences", stacklevel=3)
+        torch.cuda.empty_cache()
     return batch

@@ -1,5 +1,6 @@
 """Running mean, squared deviation and cross moment over sequences, mergeable in any order."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,13 @@ class Moments:
             element_dev.square().sum(0),
             torch.stack([(vector_dev[:, order, None] * element_dev).sum(0) for order in range(vector.shape[1])]),
         )
+
+    @classmethod
+    def cat(cls, parts: "Sequence[Moments]") -> "Moments":
+        """Moments of the same sequences for the units of all ``parts``, along the last dimension."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(parts[0].count, *(torch.cat([getattr(part, name) for part in parts], -1) for name in cls.FIELDS))
 
     def narrow(self, start: int, length: int) -> "Moments":
         """A view of ``length`` units from ``start`` along the last dimension."""

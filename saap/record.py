@@ -7,67 +7,117 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saap.families import Projection
+from saap.host import CPU, on_host
 from saap.moments import Moments
 from saap.statistics import ORDERS
-from saap.units import LayerUnits
+
+MOMENT_BYTES = 64 << 20  # of one of the few temporaries that moments of many sequences and units need
 
 
 class RecordedLinear(torch.autograd.Function):
-    """y = x W' + b whose backward also reports (x, y, dx, dy), flattened to rows, to ``sink``."""
+    """y = x W' + b whose backward also reports (x, y, dx, dy), flattened to rows, to ``sink``.
+
+    Under autocast the product is computed in another dtype than x or W have: everything reported, x included, has
+    the dtype of y, and ``operands`` gives W and b as the product took them.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: nn.Linear, sink: Callable[..., None], keep_output: bool) -> Tensor:
         y = F.linear(x, linear.weight, linear.bias)
-        ctx.linear, ctx.sink = linear, sink
-        ctx.save_for_backward(x, y if keep_output else None)
+        ctx.linear, ctx.sink, ctx.dtype = linear, sink, x.dtype
+        ctx.save_for_backward(x.to(y.dtype), y if keep_output else None)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         x, y = ctx.saved_tensors
-        dx = dy @ ctx.linear.weight
-        ctx.sink(x.flatten(0, -2), None if y is None else y.flatten(0, -2), dx.flatten(0, -2), dy.flatten(0, -2))
-        return dx, None, None, None
+        with torch.autocast(dy.device.type, enabled=False):  # kernels choose their own precision
+            dx = dy @ operands(ctx.linear, dy.dtype)[0]
+            ctx.sink(x.flatten(0, -2), None if y is None else y.flatten(0, -2), dx.flatten(0, -2), dy.flatten(0, -2))
+        return dx.to(ctx.dtype), None, None, None
+
+
+def operands(linear: nn.Linear | Projection, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in the dtype that a product was computed in: themselves, but under autocast."""
+    return linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype)
 
 
 class LayerRecord:
-    """Per-sequence sums of one layer and one module while a micro-batch runs backward."""
+    """One layer and one module of a micro-batch: what each part reported, and once all have, moments over sequences.
 
-    def __init__(self, matrices: tuple[str, ...], units: int, sequences: int, coupled: bool) -> None:
+    ``sums``, float64 where the gradients are until ``BatchRecord.take`` brings them to the CPU: "finite" (S, M),
+    1 or 0; "signed" (M, U), the mean of the signed sums; the fields of Moments of (3, P, U), P as in
+    ModuleStatistics; "coupled" (3, M, U) if measured; "input_mean", "input_m2", "input_activity" and "input_absmax"
+    (C,) of the input of o or down over the tokens.
+    """
+
+    def __init__(self, matrices: tuple[str, ...]) -> None:
         self.matrices = matrices
-        self.vector = torch.zeros(sequences, len(matrices), units, dtype=torch.float64)  # [S, M, U]
-        self.element = torch.zeros(len(ORDERS), sequences, len(matrices), units, dtype=torch.float64)  # [3, S, M, U]
-        self.coupled = torch.zeros(len(ORDERS), len(matrices), units, dtype=torch.float64) if coupled else None
         self.seen: set[str] = set()
-        self.inputs: tuple[Tensor, Tensor] | None = None  # shift (C,), sums (4, S, C) of the input of o or down
+        self.sums: dict[str, Tensor] = {}
+        self._parts: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._joined: tuple[Tensor, Tensor] | None = None  # of all parts, by sequence
 
-    def put(self, part: str, vector: Tensor, element: Tensor, coupled: Tensor | None) -> None:
+    def put(self, part: str, vector: Tensor, element: Tensor, coupled: Tensor | None = None) -> None:
+        """Signed sums (S, U), element-wise sums (3, S, U) and the coupled ones (3, U) of a part."""
         if part in self.seen:
             raise RuntimeError(f"a second backward pass reached {part}: run one backward per forward")
-        column = self.matrices.index(part)
-        self.vector[:, column] = vector
-        self.element[:, :, column] = element
-        if self.coupled is not None:
-            assert coupled is not None  # a collector measures it in every layer or in none
-            self.coupled[:, column] = coupled
+        self._parts[part] = vector, element, coupled
         self.seen.add(part)
+        if self.complete:
+            self._join()
+            if vector.device != CPU:  # where memory is short: moments do not grow with the sequences
+                self.reduce()
 
-    def nonfinite(self) -> tuple[str, int] | None:
-        """The first (part, sequence) in backward order whose sums are NaN or inf."""
-        finite = torch.isfinite(self.vector).all(-1) & torch.isfinite(self.element).all(-1).all(0)  # [S, M]
-        for column in reversed(range(len(self.matrices))):
-            if not finite[:, column].all():
-                return self.matrices[column], int(finite[:, column].int().argmin())
-        return None
+    def put_inputs(self, shift: Tensor, sums: Tensor, lengths: Tensor, tokens: int) -> None:
+        """Sums (4, S, C) over each sequence's tokens of the input of o or down, the first two about ``shift`` (C,).
 
-    def moments(self) -> Moments:
+        ``lengths`` (S,) are the sequences' tokens, on the device of the others, and ``tokens`` their sum.
+        """
+        sums = sums.double()
+        total, square = sums[:2].sum(1)  # each [C]
+        mean = total / tokens
+        self.sums["input_mean"] = mean + shift
+        self.sums["input_m2"] = (square - total * mean).clamp_min(0)
+        self.sums["input_activity"] = (sums[3] / lengths[:, None]).square().mean(0)
+        self.sums["input_absmax"] = sums[2].amax(0)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.seen) == len(self.matrices)
+
+    def _join(self) -> None:
+        parts = [self._parts.pop(name) for name in self.matrices]
+        vector = torch.stack([part[0].double() for part in parts], 1)  # [S, M, U]
+        element = torch.stack([part[1].double() for part in parts], 2)  # [3, S, M, U]
+        self.sums["finite"] = torch.isfinite(vector).all(-1) & torch.isfinite(element).all(-1).all(0)
+        self.sums["signed"] = vector.mean(0)
+        if parts[0][2] is not None:
+            self.sums["coupled"] = torch.stack([part[2].double() for part in parts if part[2] is not None], 1)
+        self._joined = vector, element
+
+    def reduce(self) -> None:
+        """Moments in place of the sequences' sums, once all parts have reported."""
+        if self._joined is None:
+            return
+        vector, element = self._joined
+        units = max(1, MOMENT_BYTES // (vector[..., 0].numel() * 8 * len(ORDERS)))
+        pieces = zip(vector.split(units, -1), element.split(units, -1), strict=True)
+        self.sums |= Moments.cat([_moments(*piece) for piece in pieces]).tensors()
+        self._joined = None
+
+    def moments(self, sequences: int) -> Moments:
         """Moments of (3, P, U) with the aggregate rows "joint" and "sum" appended."""
-        per_matrix = vector_orders(self.vector)  # [3, S, M, U]
-        joint = vector_orders(self.vector.sum(1, keepdim=True))
-        vector = torch.cat([per_matrix, joint, per_matrix.sum(2, keepdim=True)], 2)
-        total = self.element.sum(2, keepdim=True)
-        element = torch.cat([self.element, total, total], 2)
-        return Moments.of(vector.movedim(1, 0), element.movedim(1, 0))
+        return Moments(sequences, *(self.sums[name] for name in Moments.FIELDS))
+
+
+def _moments(vector: Tensor, element: Tensor) -> Moments:
+    per_matrix = vector_orders(vector)  # [3, S, M, U]
+    joint = vector_orders(vector.sum(1, keepdim=True))
+    orders = torch.cat([per_matrix, joint, per_matrix.sum(2, keepdim=True)], 2)
+    total = element.sum(2, keepdim=True)
+    return Moments.of(orders.movedim(1, 0), torch.cat([element, total, total], 2).movedim(1, 0))
 
 
 def vector_orders(signed: Tensor) -> Tensor:
@@ -79,55 +129,75 @@ def vector_orders(signed: Tensor) -> Tensor:
 class BatchRecord:
     """The sequences of one forward pass and what its backward pass reported, by layer and module."""
 
-    def __init__(
-        self, spans: Tensor, layers: dict[int, LayerUnits], matrices: dict[str, tuple[str, ...]], coupled: bool
-    ) -> None:
+    def __init__(self, spans: Tensor, matrices: dict[int, dict[str, tuple[str, ...]]]) -> None:
+        """``spans`` (S, 2) of the sequences; {layer: {module: its parts}} of what will report."""
         self.spans = spans
-        self.lengths = (spans[:, 1] - spans[:, 0]).double()  # tokens of each sequence
-        self.tokens = int(self.lengths.sum())
-        self.indices = tuple(layers)
-        self._real: Tensor | None = None  # rows of all sequences, where the hidden states are
+        self._lengths = (spans[:, 1] - spans[:, 0]).double()  # tokens of each sequence
+        self.tokens = int(self._lengths.sum())
+        self._there: dict[tuple[str, torch.device], Tensor] = {}
         self._influence: dict[int, Tensor] = {}
-        self.layers = {
-            (index, name): LayerRecord(parts, sizes.count(name), len(spans), coupled)
-            for index, sizes in layers.items()
-            for name, parts in matrices.items()
-            if sizes.count(name)
-        }
+        self.layers = {i: {name: LayerRecord(parts) for name, parts in found.items()} for i, found in matrices.items()}
+
+    def there(self, name: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` gives on the CPU, on a device: in one transfer for all layers, because each waits."""
+        if (name, device) not in self._there:
+            self._there[name, device] = make().to(device)
+        return self._there[name, device]
+
+    def lengths(self, device: torch.device) -> Tensor:
+        """Tokens of each sequence, (S,) float64."""
+        return self.there("lengths", device, lambda: self._lengths)
 
     @torch.no_grad()
     def note_influence(self, layer: int, before: Tensor, after: Tensor) -> None:
         """Keep the mean over tokens of 1 - cos(before, after) of a layer's hidden states (B, T, D)."""
         dtype = torch.promote_types(before.dtype, torch.float32)
         cosine = F.cosine_similarity(before.to(dtype), after.to(dtype), dim=-1).flatten()
-        if self._real is None or self._real.device != cosine.device:
-            self._real = torch.cat([torch.arange(a, b) for a, b in self.spans.tolist()]).to(cosine.device)
-        self._influence[layer] = 1 - cosine[self._real].mean(dtype=torch.float64)
+        rows = self.there(
+            "rows", cosine.device, lambda: torch.cat([torch.arange(a, b) for a, b in self.spans.tolist()])
+        )
+        self._influence[layer] = 1 - cosine[rows].mean(dtype=torch.float64)
 
-    def influence(self, layer: int) -> float:
-        """What ``note_influence`` kept of a layer."""
-        return float(self._influence[layer])
+    def take(self, layer: int) -> float:
+        """Bring a complete layer's sums to the CPU, in one transfer; returns what ``note_influence`` kept of it."""
+        records = list(self.layers[layer].values())
+        for record in records:
+            record.reduce()
+        moved = iter(on_host([self._influence[layer], *(each for record in records for each in record.sums.values())]))
+        influence = float(next(moved))
+        for record in records:
+            record.sums = {name: next(moved) for name in record.sums}
+        return influence
 
     @property
     def started(self) -> bool:
-        return any(record.seen for record in self.layers.values())
+        return any(record.seen for modules in self.layers.values() for record in modules.values())
 
     @property
     def complete(self) -> bool:
-        return all(len(record.seen) == len(record.matrices) for record in self.layers.values())
+        return all(record.complete for modules in self.layers.values() for record in modules.values())
 
     def check(self) -> None:
-        """Raise RuntimeError where no gradient arrived, ValueError where it was not finite, naming the place."""
-        for (index, name), record in sorted(self.layers.items(), key=lambda item: item[0], reverse=True):
+        """Raise RuntimeError where no gradient arrived, ValueError where it was not finite, naming the place.
+
+        Reads all flags from the device at once.
+        """
+        records = [
+            (index, name, record)
+            for index, modules in sorted(self.layers.items(), reverse=True)
+            for name, record in sorted(modules.items(), reverse=True)
+        ]
+        flags = iter(on_host([record.sums["finite"] for _, _, record in records if record.complete]))
+        for index, name, record in records:
             missing = set(record.matrices) - record.seen
             if missing:
                 raise RuntimeError(
                     f"layer {index}: no gradient reached {', '.join(sorted(missing))}; was backward run?"
                 )
-            bad = record.nonfinite()
-            if bad is not None:
-                part, sequence = bad
-                raise ValueError(
-                    f"expected finite gradients, found NaN or inf in layer {index}, {name} ({part}), "
-                    f"sequence {sequence} of the micro-batch"
-                )
+            finite = next(flags)  # [S, M]
+            for column in reversed(range(len(record.matrices))):  # in backward order
+                if not finite[:, column].all():
+                    raise ValueError(
+                        f"expected finite gradients, found NaN or inf in layer {index}, {name} "
+                        f"({record.matrices[column]}), sequence {int(finite[:, column].argmin())} of the micro-batch"
+                    )

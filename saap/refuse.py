@@ -5,6 +5,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from saap.families import Family, layers_of, projections_by_linear
+from saap.host import on_host
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
@@ -37,19 +38,27 @@ def refuse_nonfinite_weights(model: PreTrainedModel, family: Family) -> None:
 
 def refuse_nonfinite_layer(layer: nn.Module, family: Family, index: int) -> None:
     """As ``refuse_nonfinite_weights``, of one decoder layer."""
-    for linear, parts in projections_by_linear(layer, family).items():
-        _refuse_nonfinite(linear, f"{family.layers}.{index}.{family.path(next(iter(parts)))}")
+    linears = projections_by_linear(layer, family).items()
+    _refuse_nonfinite(
+        {f"{family.layers}.{index}.{family.path(next(iter(parts)))}": linear for linear, parts in linears}
+    )
 
 
 def refuse_nonfinite_embeddings(model: PreTrainedModel) -> None:
     """As ``refuse_nonfinite_weights``, of the embeddings and the head."""
-    _refuse_nonfinite(model.get_input_embeddings(), "input embeddings")
-    _refuse_nonfinite(model.get_output_embeddings(), "output embeddings")
+    modules = {"input embeddings": model.get_input_embeddings(), "output embeddings": model.get_output_embeddings()}
+    _refuse_nonfinite(modules)
 
 
-def _refuse_nonfinite(module: nn.Module, name: str) -> None:
-    for kind, parameter in module.named_parameters(recurse=False):
-        weight = parameter.detach()
-        # a finite sum is one pass without a copy; only a suspicious one needs the full test
-        if not torch.isfinite(weight.sum(dtype=torch.float32)) and not torch.isfinite(weight).all():
-            raise ValueError(f"expected finite weights, found NaN or inf in {name}.{kind}")
+@torch.no_grad()
+def _refuse_nonfinite(modules: dict[str, nn.Module]) -> None:
+    named = [
+        (f"{name}.{kind}", weight)
+        for name, module in modules.items()
+        for kind, weight in module.named_parameters(recurse=False)
+    ]
+    # a finite sum is one pass without a copy; only a suspicious one needs the full test
+    totals = on_host([weight.sum(dtype=torch.float32) for _, weight in named])
+    for (name, weight), total in zip(named, totals, strict=True):
+        if not torch.isfinite(total) and not torch.isfinite(weight).all():
+            raise ValueError(f"expected finite weights, found NaN or inf in {name}")

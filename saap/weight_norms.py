@@ -1,10 +1,15 @@
 """Sizes of the weights that each unit and each input feature owns, for criteria that weigh by them."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from saap.families import Projection
+from saap.host import on_host
 from saap.units import IN_PARTS, LayerUnits
+
+PANEL = 256  # rows that a CPU turns into float64 at a time
 
 
 def by_unit(lines: Tensor, sizes: LayerUnits, part: str) -> Tensor:
@@ -12,17 +17,38 @@ def by_unit(lines: Tensor, sizes: LayerUnits, part: str) -> Tensor:
     return lines.view(-1, sizes.rows_per_unit(part)).sum(1)
 
 
-def line_norms(projection: Projection, part: str, panel: int = 256) -> tuple[Tensor, Tensor]:
-    """Sum of |w| and of w^2 of each row, its bias included, or of each column of o and down; float64 on the CPU."""
-    weight = projection.weight.detach()
-    zero = torch.zeros((), dtype=torch.float64, device=weight.device)
-    if part in IN_PARTS:
-        l1 = sum((rows.abs().sum(0, dtype=torch.float64) for rows in weight.split(panel)), start=zero)
-        square = sum((rows.double().square().sum(0) for rows in weight.split(panel)), start=zero)
-    else:
-        l1 = torch.cat([rows.abs().sum(1, dtype=torch.float64) for rows in weight.split(panel)])
-        square = torch.cat([rows.double().square().sum(1) for rows in weight.split(panel)])
-        if projection.bias is not None:
-            bias = projection.bias.detach().double()
-            l1, square = l1 + bias.abs(), square + bias.square()
-    return l1.cpu(), square.cpu()
+def line_norms(projections: Mapping[str, Projection]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sum of |w| and of w^2 of each row, its bias included, or of each column of o and down, of a layer's parts.
+
+    float64 on the CPU. On a device a weight is read twice, without a copy of it, and summed in fp32 (float64
+    weights in float64); everything comes over in one transfer.
+    """
+    lines = [norm for part, projection in projections.items() for norm in _norms(projection, part)]
+    moved = on_host(lines)
+    return dict(zip(projections, zip(moved[::2], moved[1::2], strict=True), strict=True))
+
+
+@torch.no_grad()
+def _norms(projection: Projection, part: str) -> tuple[Tensor, Tensor]:
+    along = 0 if part in IN_PARTS else 1
+    l1, square = (_in_panels if projection.weight.device.type == "cpu" else _whole)(projection.weight, along)
+    if along and projection.bias is not None:
+        bias = projection.bias.double()
+        l1, square = l1 + bias.abs(), square + bias.square()
+    return l1, square
+
+
+def _in_panels(weight: Tensor, along: int) -> tuple[Tensor, Tensor]:
+    panels = weight.split(PANEL)
+    l1 = [rows.abs().sum(along, dtype=torch.float64) for rows in panels]
+    square = [rows.double().square().sum(along) for rows in panels]
+    if along:
+        return torch.cat(l1), torch.cat(square)
+    zero = torch.zeros((), dtype=torch.float64)
+    return sum(l1, start=zero), sum(square, start=zero)
+
+
+def _whole(weight: Tensor, along: int) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(weight.dtype, torch.float32)  # torch's kernels read 16 bits and add in 32
+    l1, root = (torch.linalg.vector_norm(weight, order, along, dtype=dtype) for order in (1, 2))
+    return l1.double(), root.double().square()

@@ -28,8 +28,8 @@ def why_no_native() -> str:
 
 
 @cache
-def cuda_status() -> tuple[bool, str]:
-    """Whether the CUDA kernels can run here, and why not."""
+def cuda_status(device: int | None = None) -> tuple[bool, str]:
+    """Whether the CUDA kernels can run on a CUDA device, by its index (None: the current one), and why not."""
     module, reason = _load()
     if module is None:
         return False, reason
@@ -39,7 +39,23 @@ def cuda_status() -> tuple[bool, str]:
 
     if not torch.cuda.is_available():
         return False, "no CUDA device or driver that this torch can use"
+    driver, runtime = module.cuda_versions()
+    if driver // 1000 < runtime // 1000:  # within a major version, older drivers run newer runtimes
+        needed = f"built with CUDA {_version(runtime)}, which needs a driver for CUDA {runtime // 1000}.0 or newer"
+        return False, f"{needed}; found one for CUDA {_version(driver)}"
+    index = torch.cuda.current_device() if device is None else device
+    with torch.cuda.device(index):
+        error = module.cuda_image_error()
+    if error:
+        built = ", ".join(f"sm_{arch}" for arch in module.cuda_archs.split(";"))
+        major, minor = torch.cuda.get_device_capability(index)
+        return False, f"built for {built}; device {index} is sm_{major}{minor} ({error})"
     return True, "ok"
+
+
+def _version(number: int) -> str:
+    """ "13.0" for 13000, as CUDA writes versions."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def triton_interprets() -> bool:

@@ -1,5 +1,6 @@
 """The context of a kernel launch: the tensors' device is current, and errors carry the kernel's name."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -8,7 +9,7 @@ import torch
 
 @contextmanager
 def launching(name: str, device: torch.device) -> Iterator[None]:
-    """Make ``device`` current; a RuntimeError inside, other than out of memory, is raised again naming the kernel.
+    """Make ``device`` current; an error inside, other than out of memory, is raised as RuntimeError naming the kernel.
 
     Kernels on CPU tensors are interpreted or emulated, in tests.
     """
@@ -17,5 +18,11 @@ def launching(name: str, device: torch.device) -> Iterator[None]:
             yield
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except _failures() as error:
             raise RuntimeError(f"{name} on {device}: {error}") from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """RuntimeError, and Triton's errors, which are none: that a device has too little shared memory is one."""
+    module = sys.modules.get("triton.errors")  # whoever raised such an error has loaded Triton
+    return (RuntimeError,) if module is None else (RuntimeError, module.TritonError)

@@ -1,9 +1,11 @@
 """Which implementation runs: chosen from the tensor, overridden by name, explained on request."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 
 from torch import Tensor
 
@@ -32,14 +34,16 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def available_backends() -> dict[str, str]:
     """{backend: "ok" or the reason why it cannot run here}."""
-    built, reason = _ext.cuda_status()
-    triton, why_not = _ext.triton_status()
-    return {
-        "reference": "ok",
-        "cpu": "ok" if _ext.native() is not None else _ext.why_no_native(),
-        "triton": "ok" if triton else why_not,
-        "cuda": "ok" if built else reason,
-    }
+    return {name: _status(name) for name in BACKENDS}
+
+
+def _status(name: str, device: int | None = None) -> str:
+    """ "ok" or why a backend cannot run here; ``device``: index of the CUDA device, None for the current one."""
+    if name == "cpu":
+        return _ext.why_no_native()
+    if name == "triton":
+        return _ext.triton_status()[1]
+    return _ext.cuda_status(device)[1] if name == "cuda" else "ok"
 
 
 def requested() -> str | None:
@@ -66,34 +70,48 @@ _FITS: dict[str, tuple[Callable[[Tensor], bool], str]] = {
 def choose(op: str, implemented: Sequence[str], *tensors: Tensor) -> str:
     """The backend that runs ``op``: the one asked for, or the first of ``implemented`` that fits and works.
 
-    Raises ValueError when the one asked for does not implement ``op`` or does not take these tensors.
+    Warns, once per reason, when that leaves only plain torch for CUDA tensors. Raises ValueError when the one
+    asked for does not implement ``op`` or does not take these tensors, RuntimeError when it has no code for their
+    device.
     """
-    asked = requested()
+    asked, device = requested(), tensors[0].device
     if asked is None:
-        working = (name for name in implemented if _runs(name) and all(_FITS[name][0](t) for t in tensors))
-        return next(working, "reference")
+        found = next((name for name in implemented if not _refusal(name, tensors)), "reference")
+        if found == "reference" and tensors[0].is_cuda:
+            on_gpu = [name for name in implemented if name in ("triton", "cuda")]
+            _warn_of_reference("; ".join(f"{name}: {_refusal(name, tensors)}" for name in on_gpu))
+        return found
     if asked not in implemented:
         raise ValueError(f"{op}: expected a backend among {', '.join(implemented)}, got {asked}")
     fits, takes = _FITS[asked]
     if not all(fits(t) for t in tensors):
-        raise ValueError(f"{op}: backend {asked} takes {takes}, got {tensors[0].dtype} on {tensors[0].device}")
+        raise ValueError(f"{op}: backend {asked} takes {takes}, got {tensors[0].dtype} on {device}")
+    reason = _status(asked, device.index)
+    if reason != "ok":  # the check by name was of the current device
+        raise RuntimeError(f"{op}: {asked} cannot run on {device}: {reason}")
     return asked
 
 
-def _runs(name: str) -> bool:
-    """Whether a backend works here without having been asked for (the Triton interpreter is for tests)."""
-    if name == "cpu":
-        return _ext.native() is not None
-    if name == "cuda":
-        return _ext.cuda_status()[0]
-    if name == "triton":
-        return _ext.triton_status()[0] and not _ext.triton_interprets()
-    return True
+def _refusal(name: str, tensors: Sequence[Tensor]) -> str:
+    """Why a backend does not run these tensors without having been asked for; empty when it does."""
+    fits, takes = _FITS[name]
+    unfit = next((t for t in tensors if not fits(t)), None)
+    if unfit is not None:
+        return f"takes {takes}, got {unfit.dtype}"
+    reason = _status(name, tensors[0].device.index)
+    if reason == "ok" and name == "triton" and _ext.triton_interprets():
+        return "interpreted (TRITON_INTERPRET=1), which is for tests"
+    return "" if reason == "ok" else reason
+
+
+@cache
+def _warn_of_reference(reasons: str) -> None:
+    warnings.warn(f"CUDA tensors run in plain torch, many times slower: {reasons}", stacklevel=3)
 
 
 def _check(name: str, source: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    reason = available_backends()[name]
+    reason = _status(name)
     if reason != "ok":
         raise RuntimeError(f"{source}: {name} cannot run here: {reason}")

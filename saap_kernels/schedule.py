@@ -43,6 +43,16 @@ def _cached(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return table
 
 
+def _on_device(table: list[Any], device: torch.device) -> Tensor:
+    """The table as int32 there; raises RuntimeError while a CUDA graph is captured, which has no room for the copy."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "these spans are new, and their table cannot be copied to the device while a CUDA graph is captured: "
+            "run the op once with the same spans before the capture"
+        )
+    return torch.tensor(table, dtype=torch.int32).to(device)
+
+
 @_cached
 def masked_blocks(spans: Spans, block: int, device: torch.device) -> Tensor:
     """(B + 1, 5) int32: first row, rows, sequence at its last block (else -1), 0, 0; the last block may be short."""
@@ -51,7 +61,7 @@ def masked_blocks(spans: Spans, block: int, device: torch.device) -> Tensor:
         for row in range(start, stop, block):
             last = row + block >= stop
             table.append((row, min(block, stop - row), sequence if last else -1, 0, 0))
-    return torch.tensor([*table, END], dtype=torch.int32).to(device)
+    return _on_device([*table, END], device)
 
 
 @_cached
@@ -68,7 +78,7 @@ def whole_blocks(spans: Spans, block: int, rows: int, device: torch.device) -> T
         starts = [start + index * block for index in range(whole)] or [rows]
         table += [(row, block, -1, 0, 0) for row in starts[:-1]]
         table.append((starts[-1], block, sequence, tail, stop - tail))
-    return torch.tensor([*table, END], dtype=torch.int32).to(device)
+    return _on_device([*table, END], device)
 
 
 @_cached
@@ -77,4 +87,4 @@ def first_blocks(spans: Spans, block: int, device: torch.device) -> Tensor:
     starts = [0]
     for start, stop in spans:
         starts.append(starts[-1] + -(-(stop - start) // block))
-    return torch.tensor(starts, dtype=torch.int32).to(device)
+    return _on_device(starts, device)

@@ -85,12 +85,13 @@ def sums(x: Tensor, dx: Tensor | None, spans: Tensor, shift: Tensor | None, want
     features, sequences = x.shape[1], len(spans)
     with launching("activation_sums_kernel", x.device):
         planes = Planes.of(x, dx, spans, want)
+        about = None if shift is None else shift.float().contiguous()
         partial, count, slots = planes.partial, planes.count, dict(zip(PLANES, planes.slots, strict=True))
         activation_sums_kernel[(-(-features // BLOCK_K), count)](
-            x, x if dx is None else dx, x if shift is None else shift, planes.blocks, partial, features,
+            x, x if dx is None else dx, x if about is None else about, planes.blocks, partial, features,
             x.stride(0), x.stride(0) if dx is None else dx.stride(0), count * features,
             SALIENCE=slots["salience"], SUM=slots["sum"], SQUARE=slots["square"], ABSMAX=slots["absmax"],
-            ABS=slots["abs"], SHIFTED=shift is not None, BLOCK_K=BLOCK_K, BLOCK_T=BLOCK_T, num_warps=WARPS,
+            ABS=slots["abs"], SHIFTED=about is not None, BLOCK_K=BLOCK_K, BLOCK_T=BLOCK_T, num_warps=WARPS,
         )  # fmt: skip
         if planes.result is not partial:
             sequence_sums_kernel[(-(-features // FINISH_K), sequences, len(partial))](

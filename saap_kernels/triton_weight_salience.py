@@ -132,11 +132,13 @@ def choose_config(
     """A frozen tile by shape class: never keyed on exact widths, so pruned layers compile nothing new.
 
     The additive form keeps one accumulator, so 128 x 256 fits the registers; the coupled form keeps
-    three. fp32 is the correctness path. Small weights take smaller tiles, to occupy the device.
+    three. fp32 is the correctness path. Small weights take smaller tiles, to occupy the device. Descriptors
+    and the largest tile are for Hopper alone: Triton 3.7 does not compile descriptor tiles for sm_100 (its pass
+    that hoists tensor memory fails), and on sm_120, as on sm_86 and sm_89, a block has 99 KiB of shared memory.
     """
     if dtype == torch.float32:
         return TileConfig(32, 64, 32, 4, 2)
-    hopper = capability >= 90
+    hopper = 90 <= capability < 100
     if coupled:
         return TileConfig(64, 128, 64, 8, 3, descriptors=hopper)
     if not hopper and -(-lines // 128) * -(-entries // 128) >= processors:
@@ -196,14 +198,15 @@ def _launch(
 
         p_descriptor = TensorDescriptor.from_tensor(p, [config.block_t, config.block_u])
         q_descriptor = TensorDescriptor.from_tensor(q, [config.block_t, config.block_r])
-        blocks = whole_blocks(spans, config.block_t, p.shape[0], device)
-    else:
-        blocks = masked_blocks(spans, config.block_t, device)
     programs = tiles[0] * tiles[1]
     if p.is_cuda:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         programs = min(programs, processors * config.per_processor)
     with launching("weight_salience_kernel", device):
+        if config.descriptors:
+            blocks = whole_blocks(spans, config.block_t, p.shape[0], device)
+        else:
+            blocks = masked_blocks(spans, config.block_t, device)
         weight_salience_kernel[(programs,)](
             p, q, p_descriptor, q_descriptor, operands.w, blocks, sums,
             operands.lines, operands.entries, p.shape[1] // 8, q.shape[1] // 8, p.stride(0) // 8, q.stride(0) // 8,

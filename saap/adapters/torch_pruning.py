@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import saap_kernels
-from saap.record import RecordedLinear
+from saap.record import RecordedLinear, operands
 from saap.undo import Undo
 
 try:
@@ -118,7 +118,8 @@ class TaylorImportance(GroupTaylorImportance):  # type: ignore[misc]  # Torch-Pr
         if "in" in axes:
             found["in"] = saap_kernels.activation_salience(x, dx.contiguous(), _whole(x))[0].abs()
         if "out" in axes:
-            product = (y if linear.bias is None else y - linear.bias).contiguous()
+            bias = operands(linear, y.dtype)[1]
+            product = (y if bias is None else y - bias).contiguous()
             found["out"] = saap_kernels.activation_salience(product, dy, _whole(x))[0].abs()
         return found
 
@@ -177,11 +178,11 @@ def _whole(x: Tensor) -> Tensor:
 
 def _element(linear: nn.Linear, axes: set[str], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     """sum |w * dw| of rows and columns."""
-    operands, want = (x, dy, linear.weight, _whole(x)), ("abs",)
+    arguments, want = (x, dy, operands(linear, dy.dtype)[0], _whole(x)), ("abs",)
     if len(axes) == 2:
-        rows, columns = saap_kernels.weight_salience_both(*operands, want=want)
+        rows, columns = saap_kernels.weight_salience_both(*arguments, want=want)
         return {"out": rows[0, 0], "in": columns[0, 0]}
-    return {axis: saap_kernels.weight_salience(*operands, axis=axis, want=want)[0, 0] for axis in axes}
+    return {axis: saap_kernels.weight_salience(*arguments, axis=axis, want=want)[0, 0] for axis in axes}
 
 
 def _axes(model: nn.Module) -> dict[nn.Linear, set[str]]:

@@ -33,9 +33,7 @@ from saap.statistics import Statistics
 
 def plan(
     statistics: Annotated[Path, typer.Argument(help="A statistics file written by saap calibrate.")],
-    ratio: Annotated[
-        float, typer.Option(help="Share of the parameters, or other resource, to remove, in (0, 1).")
-    ],
+    ratio: Annotated[float, typer.Option(help="Share of the parameters, or other resource, to remove, in (0, 1).")],
     out: Annotated[Path, typer.Option(help="The plan file, .json.")],
     criterion: Criterion = "saap",
     method: Method = "global",

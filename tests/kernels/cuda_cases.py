@@ -76,7 +76,7 @@ def test_more_sequences_than_one_launch_holds_take_several(monkeypatch) -> None:
     x, dy, w, _, spans = problem(60, 33, 40, torch.float16)
     arguments = (*on_device(x, dy, w), spans, "out", 3, None, ORDERS, 1.0)
     whole = cuda.weight_salience(*arguments)
-    monkeypatch.setattr(tiled_salience, "PARTIAL_BYTES", 1)
+    monkeypatch.setattr(tiled_salience, "partial_bytes", lambda w: 1)
     assert torch.equal(cuda.weight_salience(*arguments), whole)
 
 
@@ -102,6 +102,15 @@ def test_activation_sums(tokens, features, aligned, dtype) -> None:
         assert ((got[2] - moved.square().sum(0)).abs() <= moved.square().sum(0) * 3 * rounding).all()
         assert torch.equal(got[3], rows.abs().amax(0))
         assert ((got[4] - rows.abs().sum(0)).abs() <= rows.abs().sum(0) * rounding).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_shift_may_have_any_stride_and_dtype(dtype) -> None:
+    x, _, _, _, spans = problem(60, 1, 12, torch.float16)
+    wide = torch.randn(12, 3, dtype=dtype, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    there = on_device(x)[0]
+    got = cuda.sums(there, None, spans, wide[:, 1], ["sum", "square"])
+    assert torch.equal(got, cuda.sums(there, None, spans, wide[:, 1].float().contiguous(), ["sum", "square"]))
 
 
 def run(op: str, x, dy, *others, axis: str = "out", unit_size: int = 1) -> torch.Tensor:

@@ -178,6 +178,16 @@ def test_activation_statistics_sum_about_the_shift() -> None:
     assert torch.equal(both[0], K.activation_salience(x, x, spans)) and torch.equal(both[1][0], square)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_shift_may_have_any_stride_and_dtype(backend: str, dtype: torch.dtype) -> None:
+    x, _, _, _, spans = problem(60, 1, 12, torch.float32)
+    wide = torch.randn(12, 3, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    with K.use_backend(backend):
+        got = K.activation_statistics(x, spans, shift=wide[:, 1])
+        assert torch.equal(got, K.activation_statistics(x, spans, shift=wide[:, 1].float().contiguous()))
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_ranking_agrees_with_float64_outside_ties(backend: str) -> None:
     x, dy, w, _, spans = problem(300, 520, 130, torch.float32)
@@ -196,8 +206,15 @@ def test_results_are_bitwise_reproducible_whatever_the_threads(backend: str) -> 
     threads = torch.get_num_threads()
     try:
         with K.use_backend(backend):
-            first = K.weight_salience(x, dy, w, spans, axis="in", unit_size=5)
-            assert torch.equal(first, K.weight_salience(x, dy, w, spans, axis="in", unit_size=5))
+            results = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                for axis in ("in", "out"):
+                    results.append(K.weight_salience(x, dy, w, spans, axis=axis, unit_size=5))
+                results.append(K.coupled_salience(x, dy, w, spans, axis="in", unit_size=5))
+                results.append(K.activation_statistics(x, spans))
+        for index, result in enumerate(results[4:]):
+            assert torch.equal(result, results[index % 4])
     finally:
         torch.set_num_threads(threads)
 

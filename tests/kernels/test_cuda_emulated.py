@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from saap_kernels import _ext, cuda
+from tests.kernels import cuda_cases
 from tests.kernels.cuda_cases import *  # noqa: F403  every case
 from tests.kernels.emulator.build import build_emulated
 from tests.kernels.test_calibration_ops import problem
@@ -14,7 +15,12 @@ def emulated(tmp_path_factory):
     module = build_emulated(tmp_path_factory.mktemp("emulated"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_ext, "native", lambda: module)
+        patch.setattr(cuda_cases, "DEVICE", "cpu")  # also where there is a GPU: the emulator reads host memory
         yield module
+
+
+def test_the_module_says_what_it_needs(emulated) -> None:
+    assert emulated.cuda_versions() == (13010, 13000) and emulated.cuda_image_error() == ""
 
 
 def test_a_failed_launch_carries_the_name_of_the_kernel(monkeypatch) -> None:

@@ -1,5 +1,6 @@
 """Tables of token blocks: cached, and told of the streams and graphs that read them."""
 
+import pytest
 import torch
 
 from saap_kernels import schedule
@@ -30,6 +31,19 @@ def test_tables_are_made_once_and_cover_the_spans() -> None:
     whole = schedule.whole_blocks(spans, 4, 9, CPU)
     assert whole[:-1].tolist() == [[0, 4, 0, 4, 1], [9, 4, 1, 7, 1]]  # one token: a block past the end, and a tail
     assert schedule.first_blocks(spans, 4, CPU).tolist() == [0, 2, 3]
+
+
+def test_a_new_table_inside_a_graph_capture_is_refused_and_says_what_to_do(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    spans, device = ((0, 5), (7, 11)), torch.device("cuda")
+    for build, arguments in (
+        (schedule.masked_blocks, (spans, 4, device)),
+        (schedule.whole_blocks, (spans, 4, 12, device)),
+        (schedule.first_blocks, (spans, 4, device)),
+    ):
+        with pytest.raises(RuntimeError, match="run the op once with the same spans before the capture"):
+            build(*arguments)
+    assert schedule.masked_blocks(spans, 4, CPU) is schedule.masked_blocks(spans, 4, CPU)  # nothing to copy
 
 
 def test_a_table_on_a_device_knows_its_streams_and_outlives_the_cache_in_a_graph(monkeypatch) -> None:

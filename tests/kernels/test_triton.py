@@ -62,6 +62,32 @@ def test_tiles_are_chosen_by_class_of_shape_not_by_exact_width() -> None:
     assert choose_config(512, 4096, **options) not in wide
 
 
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_hopper_tiles_are_for_hopper_alone(capability: int) -> None:
+    from saap_kernels.triton_weight_salience import choose_config
+
+    for lines, coupled in ((11008, False), (512, False), (4096, True)):
+        options = {"dtype": torch.bfloat16, "coupled": coupled, "processors": 132, "capability": capability}
+        config = choose_config(lines, 4096, **options)
+        assert config.descriptors == (capability == 90)
+        assert (config.block_r == 256) == (capability == 90 and lines == 11008)
+
+
+SHARED_BYTES = {86: 101_376, 89: 101_376, 100: 232_448, 120: 101_376}  # of one block: CUDA programming guide
+
+
+@pytest.mark.parametrize("capability", [89, 100, 120])
+def test_tiles_of_other_devices_compile_and_fit_their_shared_memory(capability: int) -> None:
+    from benchmarks.compile_report import weight_salience_report
+    from saap_kernels.triton_weight_salience import choose_config
+
+    for lines, coupled in ((11008, False), (512, False), (4096, True)):
+        options = {"dtype": torch.bfloat16, "coupled": coupled, "processors": 132, "capability": capability}
+        config = choose_config(lines, 4096, **options)
+        report = weight_salience_report(capability, torch.bfloat16, config, coupled=coupled, axis="out")
+        assert report.shared_bytes * report.per_processor <= SHARED_BYTES[capability] and report.loop_spills == 0
+
+
 @pytest.mark.parametrize("coupled", [False, True])
 def test_kernels_compile_where_sizes_of_one_become_constants(coupled: bool) -> None:
     from benchmarks.compile_report import weight_salience_report

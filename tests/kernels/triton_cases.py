@@ -5,6 +5,7 @@ The interpreter computes bf16 wrongly without saying so, hence fp16 and fp32 onl
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 import saap_kernels as K
 from saap_kernels import tiled_salience, triton_weight_salience
@@ -63,7 +64,7 @@ def test_coupled_salience(tokens, rows, columns, unit, axis, dtype, config) -> N
 def test_more_sequences_than_one_launch_holds_take_several(monkeypatch) -> None:
     x, dy, w, bias, spans = problem(60, 33, 40, torch.float32)
     whole = triton_weight_salience.weight_salience(*on_device(x, dy, w), spans, "out", 3, None, ORDERS, 1.0)
-    monkeypatch.setattr(tiled_salience, "PARTIAL_BYTES", 1)
+    monkeypatch.setattr(tiled_salience, "partial_bytes", lambda w: 1)
     parts = triton_weight_salience.weight_salience(*on_device(x, dy, w), spans, "out", 3, None, ORDERS, 1.0)
     assert torch.equal(whole, parts)
 
@@ -124,6 +125,16 @@ def test_activation_ops(tokens, features, unit, dtype) -> None:
         assert ((sums[3, index].cpu() - rows.abs().sum(0)).abs() <= rows.abs().sum(0) * rounding).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_shift_may_have_any_stride_and_dtype(dtype) -> None:
+    x, _, _, _, spans = problem(60, 1, 12, torch.float32)
+    wide = torch.randn(12, 3, dtype=dtype, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    there = on_device(x)[0]
+    with K.use_backend("triton"):
+        got = K.activation_statistics(there, spans, shift=wide[:, 1])
+        assert torch.equal(got, K.activation_statistics(there, spans, shift=wide[:, 1].float().contiguous()))
+
+
 def test_calibration_plans_the_same_as_the_cpu() -> None:
     from saap import calibrate, score, search
     from tests.saap.tiny import tiny_model
@@ -148,12 +159,20 @@ def test_edges(edge) -> None:
     edge(run, torch.float16, DEVICE)
 
 
-def test_a_failed_launch_carries_the_name_of_the_kernel(monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RuntimeError("planted"), "planted"),
+        (OutOfResources(300_000, 232_448, "shared memory"), "out of resource: shared memory, Required: 300000"),
+    ],
+    ids=["runtime", "resources"],
+)
+def test_a_failed_launch_carries_the_name_of_the_kernel(monkeypatch, error, text) -> None:
     class Failing:
         def __getitem__(self, grid):
-            raise RuntimeError("planted")
+            raise error
 
     x, dy, w, _, spans = problem(17, 6, 9, torch.float16)
     monkeypatch.setattr(triton_weight_salience, "weight_salience_kernel", Failing())
-    with pytest.raises(RuntimeError, match=f"^weight_salience_kernel on {DEVICE}.*: planted$"):
+    with pytest.raises(RuntimeError, match=f"^weight_salience_kernel on {DEVICE}.*: {text}"):
         run("weight_salience", x, dy, w, spans, axis="out")

@@ -60,6 +60,25 @@ def test_token_tensors_keep_their_order() -> None:
     assert torch.equal(pack(None, ids, samples=2, seq_len=6, seed=5), ids)
 
 
+class Elsewhere(torch.Tensor):
+    """Token ids on a device: numpy refuses them, ``cpu`` brings them over."""
+
+    def numpy(self, *args, **kwargs):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self, *args, **kwargs):
+        return self.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_token_ids_on_a_device_are_packed_on_the_cpu(rows: bool) -> None:
+    ids = torch.arange(12).view(2, 6)
+    there = ids.as_subclass(Elsewhere)
+    packed = pack(None, list(there) if rows else there, samples=2, seq_len=6)
+    assert type(packed) is torch.Tensor
+    assert data_fingerprint(packed) == data_fingerprint(pack(None, list(ids) if rows else ids, samples=2, seq_len=6))
+
+
 def test_too_little_text_names_tokens_needed_and_found() -> None:
     with pytest.raises(ValueError, match="4 samples of 8 tokens need 32 tokens, found 20"):
         pack(TOKENIZER, ["a" * 9, "b" * 9], samples=4, seq_len=8)

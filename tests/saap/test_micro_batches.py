@@ -1,5 +1,7 @@
 """How sequences are cut for a device: what fits, when blocks are recomputed, and whether the estimate holds."""
 
+import weakref
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -8,7 +10,7 @@ from saap import memory, micro_batches
 from saap.collector import Collector
 from saap.loss import sequence_spans
 from saap.memory import activation_bytes, block_activation_bytes, checkpointed_bytes
-from saap.micro_batches import ENOUGH_BATCH_TOKENS, FILL, fit_micro_batches
+from saap.micro_batches import ENOUGH_BATCH_TOKENS, FILL, fit_micro_batches, in_micro_batches
 from saap.stream import streamed_bytes
 from saap.units import discover
 from tests.saap.test_calibrate import token_ids
@@ -93,6 +95,22 @@ def test_a_cpu_keeps_micro_batches_small(units, monkeypatch) -> None:
     assert fit_micro_batches(units, 100, 2048, BF16, cpu)[:2] == (1, False)
     monkeypatch.setattr(micro_batches, "available_bytes", lambda _device: activation_bytes(units, 512, BF16))
     assert fit_micro_batches(units, 100, 128, BF16, cpu)[:2] == (4, True)
+
+
+def test_memory_is_handed_back_after_the_failed_step_has_let_go_of_it(monkeypatch) -> None:
+    alive: list[bool] = []
+    kept: list[weakref.ref] = []
+
+    def step(rows: slice) -> None:
+        activations = torch.ones(8)  # of this frame, which the error's traceback holds
+        if rows.stop - rows.start > 1:
+            kept.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.extend(ref() is not None for ref in kept))
+    with pytest.warns(UserWarning, match="micro-batches of 1 sequences"):
+        assert in_micro_batches(2, 2, step) == 1
+    assert alive == [False]
 
 
 def test_memory_that_torch_holds_unused_counts_as_free(monkeypatch) -> None:

@@ -154,6 +154,35 @@ def test_running_out_of_memory_halves_the_micro_batch_and_loses_nothing(monkeypa
         assert_same(saap.calibrate(model, data=ids, **OPTIONS | {"batch_size": 4}, stream=True), whole)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_smaller_micro_batch_brings_no_embeddings_in_beside_a_block(family: str, monkeypatch) -> None:
+    """A dtype stands in for a device, as above."""
+    model, ids = tiny_model(family, torch.float32), token_ids(7)
+    embeddings = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    blocks = [p for name, p in model.named_parameters() if ".layers." in name]
+    beside: list[bool] = []
+    real, forward = sys.modules["saap_kernels"].activation_salience, type(model.base_model).forward
+
+    def small_device(y, *args, **kwargs):
+        if len(y) > 24:
+            raise torch.OutOfMemoryError("planted")
+        return real(y, *args, **kwargs)
+
+    def watch(self, *args, **kwargs):
+        here = [any(p.dtype == torch.float64 for p in part) for part in (blocks, embeddings)]
+        beside.append(all(here))
+        return forward(self, *args, **kwargs)
+
+    wanted = saap.calibrate(model, data=ids, **OPTIONS, stream=saap.Streaming(dtype=torch.float64))
+    monkeypatch.setattr(sys.modules["saap_kernels"], "activation_salience", small_device)
+    monkeypatch.setattr(type(model.base_model), "forward", watch)
+    with pytest.warns(UserWarning, match="micro-batches of 2 sequences"):
+        options = OPTIONS | {"batch_size": 4}
+        got = saap.calibrate(model, data=ids, **options, stream=saap.Streaming(dtype=torch.float64))
+    assert_same(got, wanted)
+    assert len(beside) > 4 and not any(beside)
+
+
 def test_progress_counts_sequences_times_blocks_both_ways() -> None:
     seen: list[tuple[int, int]] = []
     model = tiny_model("llama", torch.float32)

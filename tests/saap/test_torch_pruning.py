@@ -1,12 +1,15 @@
 """Our Torch-Pruning importance against Torch-Pruning's own, on a small Llama and on OPT, which has LayerNorms."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-import torch_pruning as tp
 from torch import nn
 
-from saap.adapters.torch_pruning import TaylorImportance
 from tests.saap.tiny import tiny_model
+
+tp = pytest.importorskip("torch_pruning", reason="torch-pruning is an optional extra")
+from saap.adapters.torch_pruning import TaylorImportance  # noqa: E402  needs what the line above looks for
 
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
@@ -52,6 +55,25 @@ def assert_same_importance(model: nn.Module, groups: list, **options) -> None:
 @pytest.mark.parametrize("options", [{}, {"multivariable": True}, {"bias": True, "group_reduction": "max"}], ids=str)
 def test_importance_is_that_of_torch_pruning(traced, options) -> None:
     assert_same_importance(*traced, **options)
+
+
+@pytest.mark.parametrize("multivariable", [False, True])
+def test_importance_under_autocast_is_that_of_the_mixed_model(traced, multivariable: bool) -> None:
+    model, groups = traced
+    theirs = tp.importance.GroupTaylorImportance(multivariable=multivariable)
+    ours = TaylorImportance(multivariable=multivariable)
+    wanted = []
+    for collecting in (False, True):
+        model.zero_grad()
+        with ours.collect(model, groups) if collecting else nullcontext():
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+        wanted = wanted or [theirs(group) for group in groups]
+    for group, importance in zip(groups, wanted, strict=True):
+        # their gradients are rounded to bf16, and signed sums of them cancel
+        difference = (ours(group) - importance).abs().max()
+        assert difference <= (0.05 if multivariable else 0.01) * importance.abs().max()
 
 
 def test_layer_norms_count_as_there() -> None:
