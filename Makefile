@@ -9,6 +9,8 @@ TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
 # The targets gpu-*: torch and transformers come with GPU_PYTHON; nothing is installed. MINUTES bounds the benchmarks.
 GPU_PYTHON ?= python3
 GPU_TESTS ?= $(wildcard tests/kernels/test_gpu*.py)
+# kernels are compiled by eight workers at once, and one that hangs is given up, where pytest has the plugins
+PLUGINS = from importlib.util import find_spec; print("-n 8" * bool(find_spec("xdist")), "--timeout 400" * bool(find_spec("pytest_timeout")))
 RESULTS ?= benchmarks/results
 MINUTES ?=
 ONLY ?=
@@ -58,7 +60,7 @@ gpu-build:
 	SAAP_BUILD_CUDA=1 $(GPU_PYTHON) setup.py build_ext --inplace
 
 gpu-test: gpu-build
-	$(GPU_PYTHON) -m pytest -q -m gpu -p no:cacheprovider --durations=10 $(GPU_TESTS)
+	$(GPU_PYTHON) -m pytest -q -m gpu -p no:cacheprovider --durations=10 $$($(GPU_PYTHON) -c '$(PLUGINS)') $(GPU_TESTS)
 
 gpu-sanitize: gpu-build
 	$(GPU_PYTHON) -m tests.kernels.sanitize

@@ -58,7 +58,8 @@ def check(tool: str, backend: str) -> int:
     if done.returncode == 0:
         print(f"{tool}, {backend}: clean")
         return 0
-    print(f"{tool}, {backend}: {'errors' if done.returncode == FOUND else 'the cases failed'}\n{done.stdout.rstrip()[-6000:]}")
+    what = "errors" if done.returncode == FOUND else "the cases failed"
+    print(f"{tool}, {backend}: {what}\n{done.stdout.rstrip()[-6000:]}")
     return 1
 
 
