@@ -152,7 +152,7 @@ def run_variant(variant: str, model: LlamaForCausalLM, ids: torch.Tensor, chosen
     checkpointing = "checkpointing" in variant
     if variant.startswith("ours"):
         options = {"samples": chosen.samples, "seq_len": chosen.seq_len, "batch_size": chosen.batch}
-        calibrate(model, data=ids, **options, checkpoint=checkpointing)
+        calibrate(model, data=ids.cpu(), **options, checkpoint=checkpointing)
     elif variant.startswith("plain"):
         plain_backward(model, ids, int(chosen.batch), checkpointing)
         model.zero_grad(set_to_none=True)
