@@ -44,11 +44,10 @@ def whole_salience(
     return torch.stack([reduce(dy_n.T @ x_n, w, dim).unflatten(1, (-1, unit)).sum(2) for x_n, dy_n in pairs], 1)
 
 
-def panel_rows(w: Tensor, unit: int) -> int:
-    """Rows of one panel: the largest divisor of w's rows that is a multiple of ``unit`` and fits PANEL_BYTES."""
-    rows, columns = w.shape
-    limit = PANEL_BYTES[w.device.type] // (columns * w.element_size())
-    return max((size for size in range(unit, rows + 1, unit) if rows % size == 0 and size <= limit), default=unit)
+def panel_rows(rows: int, columns: int, unit: int, elements: int) -> int:
+    """Rows of one panel: the largest divisor of ``rows`` that is a multiple of ``unit`` and fits ``elements``."""
+    fitting = (size for size in range(unit, rows + 1, unit) if rows % size == 0 and size * columns <= elements)
+    return max(fitting, default=unit)
 
 
 def tiled_salience(
@@ -56,7 +55,7 @@ def tiled_salience(
 ) -> Tensor:
     """weight_salience, (3, S, U), by panels of dW that stay in the cache."""
     out = axis == "out"
-    step, results = panel_rows(w, unit if out else 1), []
+    step, results = panel_rows(*w.shape, unit if out else 1, PANEL_BYTES[w.device.type] // w.element_size()), []
     for x_n, dy_n in zip(x.chunk(sequences), dy.chunk(sequences), strict=True):
         parts = [
             reduce(dy_n[:, row : row + step].T @ x_n, w[row : row + step], 1 if out else 0)

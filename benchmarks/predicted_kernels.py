@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import activation_rows, weight_salience_rows
 from benchmarks.common import Row
-from benchmarks.eager_forms import PANEL_BYTES
+from benchmarks.eager_forms import PANEL_BYTES, panel_rows
 from benchmarks.timing import Rates
 from benchmarks.weight_salience_rows import Problem
 from saap_kernels import tiled_salience
@@ -135,7 +135,9 @@ def weight_sized(problem: Problem, device: Device, bytes_per_weight: float, kern
 
 def tiled(problem: Problem, device: Device, peer: str) -> float:
     """Seconds of dW in panels that stay in the cache; w is read once per sequence."""
-    panels = math.ceil(2 * weights(problem) / PANEL_BYTES["cuda"])
+    shape = problem.shape
+    unit = shape.unit_size if shape.axis == "out" else 1
+    panels = shape.rows // panel_rows(shape.rows, shape.columns, unit, PANEL_BYTES["cuda"] // 2)
     cached = PANEL_MOVED[peer] * weights(problem) / CACHE_BANDWIDTH + device.read(2 * weights(problem))
     per_sequence = cached + panels * PANEL_KERNELS[peer] * GAP_SECONDS
     return bare_product(problem, device) + problem.sequences * per_sequence

@@ -20,7 +20,7 @@ def draw(*shape: int) -> torch.Tensor:
 def test_weight_peers(form: str, axis: str, unit: int, monkeypatch) -> None:
     x, dy, w = draw(24, 20), draw(24, 12), draw(12, 20)
     monkeypatch.setitem(eager_forms.PANEL_BYTES, "cpu", 6 * 20 * 4)  # two panels
-    assert eager_forms.panel_rows(w, 1) == 6
+    assert eager_forms.panel_rows(12, 20, 1, 6 * 20) == 6
     got = getattr(eager_forms, form)(x, dy, w, SEQUENCES, axis, unit)
     op = K.coupled_salience if form == "coupled" else K.weight_salience
     wanted = op(x, dy, w, SPANS, axis=axis, unit_size=unit)

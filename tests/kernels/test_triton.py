@@ -20,6 +20,14 @@ def test_interpreted_kernels_agree_with_float64() -> None:
     assert "passed" in done.stdout and "skipped" not in done.stdout
 
 
+def test_what_a_device_would_launch_compiles() -> None:
+    """The cases that are cheap and special: single tokens, tails, chosen orders. All: see compile_only.py."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.kernels.compile_only"]
+    chosen = [str(CASES), "-k", "orders or whole_blocks or one_token or as_they_need"]
+    done = subprocess.run([*command, *chosen], capture_output=True, text=True, cwd=CASES.parents[2])
+    assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+
+
 def reports():
     from benchmarks.compile_report import reports
 
