@@ -96,6 +96,11 @@ def partial_bytes(problem: Problem, config: TileConfig) -> int:
     return 4 * 3 * lines * math.ceil(entries / config.block_r)
 
 
+def launch_bytes(problem: Problem) -> int:
+    """What the partial sums of one launch may take: half of w in bf16, or a little where w is small."""
+    return max(tiled_salience.PARTIAL_BYTES, weights(problem))
+
+
 def ours(
     problem: Problem, device: Device, *, coupled: bool = False, cuda: bool = False, limit: int | None = None
 ) -> float:
@@ -117,7 +122,7 @@ def ours(
     weight = device.read(2 * elements) * device.processors / together
     waves = math.ceil(math.ceil(lines / config.block_u) * math.ceil(entries / config.block_r) / device.processors)
     partial = partial_bytes(problem, config)
-    step_sequences = problem.sequences if coupled else max(1, (limit or tiled_salience.PARTIAL_BYTES) // partial)
+    step_sequences = problem.sequences if coupled else max(1, (limit or launch_bytes(problem)) // partial)
     launches = math.ceil(problem.sequences / step_sequences)
     arithmetic = waves * (problem.sequences * per_sequence + launches * weight)
     sums = 2 * partial * (1 if coupled else problem.sequences)
@@ -164,7 +169,7 @@ def predicted_bytes(problem: Problem, device: Device) -> dict[str, float]:
     for op, coupled in (("weight_salience", False), ("coupled_salience", True)):
         for name, config in ((op, frozen_config(problem, device, coupled)), (f"{op} / cuda", CUDA_TILE[coupled])):
             partial = partial_bytes(problem, config)
-            sequences = max(1, min(problem.sequences, tiled_salience.PARTIAL_BYTES // partial))
+            sequences = max(1, min(problem.sequences, launch_bytes(problem) // partial))
             found[name] = partial + result if coupled else partial * sequences + results
     for peer, kept in KEPT.items():
         found[f"weight_salience / {peer}"] = kept * size + results

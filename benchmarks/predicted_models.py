@@ -6,10 +6,9 @@ import torch
 
 from benchmarks.calibrate_model import Setting, rows_of
 from benchmarks.common import Row
-from benchmarks.predicted_kernels import MATMUL_SHARE, Device, ours, weights
+from benchmarks.predicted_kernels import MATMUL_SHARE, Device, launch_bytes, ours, predicted_bytes, weights
 from benchmarks.shapes import MODELS, Projection, projections
 from benchmarks.weight_salience_rows import Problem
-from saap_kernels import tiled_salience
 
 HOST_SECONDS = 5e-6  # of Python and launch per small operation of torch
 TINY_OPERATIONS = 300  # of a layer's calibration beyond the model's own: spans, norms of weights, sums to the host
@@ -48,6 +47,7 @@ def model_rows(device: Device, tiny: int = TINY_OPERATIONS, gradient: int = GRAD
     in_layers = 2.0 * layers * sum(map(weights, problems))
     whole = in_layers + 2.0 * 2 * vocabulary * model[0].columns
     salience = layers * sum(ours(problem, device) for problem in problems)
+    partial = max(predicted_bytes(problem, device)["weight_salience"] for problem in problems)
     host, launches = layers * tiny * HOST_SECONDS, layers * MODEL_OPERATIONS * HOST_SECONDS
     one_block, inputs = tokens * kept_per_token(model), layers * tokens * model[0].columns * 2.0
     copies = whole * gradient / 2
@@ -61,7 +61,7 @@ def model_rows(device: Device, tiny: int = TINY_OPERATIONS, gradient: int = GRAD
     }
     for kind, forwards, kept in (("", 1, layers * one_block), (", checkpointing", 2, inputs + one_block)):
         model_pass = max(passes(device, forwards + 1, tokens, whole), launches)
-        middle[f"ours{kind}"] = (model_pass + salience + host, kept + tiled_salience.PARTIAL_BYTES)
+        middle[f"ours{kind}"] = (model_pass + salience + host, kept + partial)
         middle[f"plain{kind}"] = (model_pass + passes(device, 1, tokens, in_layers), kept + in_layers)
     found = {name: {"seconds": seconds, "bytes": size, "weights": whole} for name, (seconds, size) in middle.items()}
     yield from rows_of(found, Setting("Llama-2-7B", {}, sequences, length, torch.bfloat16, sequences), on_gpu=True)
@@ -80,6 +80,6 @@ def streamed_rows(device: Device) -> Iterator[Row]:
     yield Row.single(
         f"{case}, share of it in copies", copied / HOST_BANDWIDTH / (compute + copied / HOST_BANDWIDTH), "share"
     )
-    on_device = block + batch * length * kept_per_token(LLAMA_70B) + tiled_salience.PARTIAL_BYTES
+    on_device = block + batch * length * kept_per_token(LLAMA_70B) + max(map(launch_bytes, problems))
     yield Row.single(f"{case}, device memory", on_device / 2**30, "GiB")
     yield Row.single(f"{case}, device memory / weights", on_device / (layers * block), "ratio", "< 0.1")
