@@ -26,7 +26,7 @@ help:
 	@echo "make test    all tests that need no GPU"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   all benchmarks"
-	@echo "make gpu     build with CUDA; then gpu-test, gpu-sanitize and gpu-bench, each alone too; fails if one fails"
+	@echo "make gpu     build with CUDA; then gpu-test, gpu-bench and gpu-sanitize, each alone too; fails if one fails"
 	@echo "             (GPU_PYTHON=python3, RESULTS=benchmarks/results, MINUTES=8, RESUME=1, ONLY='calibration_kernels replan')"
 	@echo "make clean   remove the virtual environment and build output"
 
@@ -70,7 +70,7 @@ gpu-bench: gpu-build
 
 # A failing part keeps no other from running: wrong kernels are told beside their times, and the exit code is 1.
 gpu: gpu-build
-	@failed=; for part in test sanitize bench; do \
+	@failed=; for part in test bench sanitize; do \
 		$(MAKE) --no-print-directory -o gpu-build gpu-$$part || failed="$$failed gpu-$$part"; \
 	done; if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
