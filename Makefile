@@ -6,20 +6,28 @@ TORCH_INDEX ?=
 TRANSFORMERS ?= transformers==5.17.0
 # The CPU build of torch brings no Triton; its compiler checks the GPU kernels in the tests.
 TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
+# The targets gpu-*: torch and transformers come with GPU_PYTHON; nothing is installed. MINUTES bounds the benchmarks.
 GPU_PYTHON ?= python3
+GPU_TESTS ?= $(wildcard tests/kernels/test_gpu*.py)
+# kernels are compiled by eight workers at once, and one that hangs is given up, where pytest has the plugins
+PLUGINS = from importlib.util import find_spec; print("-n 8" * bool(find_spec("xdist")), "--timeout 400" * bool(find_spec("pytest_timeout")))
 RESULTS ?= benchmarks/results
+MINUTES ?=
+ONLY ?=
+RESUME ?=
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint format bench gpu clean
+.PHONY: help demo test lint format bench gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
 
 help:
 	@echo "make demo    prune the shipped model and compare it with baselines"
 	@echo "make test    all tests that need no GPU"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   all benchmarks"
-	@echo "make gpu     build with CUDA, run the GPU tests and the benchmarks (GPU_PYTHON=python3, RESULTS=benchmarks/results)"
+	@echo "make gpu     build with CUDA; then gpu-test, gpu-bench and gpu-sanitize, each alone too; fails if one fails"
+	@echo "             (GPU_PYTHON=python3, RESULTS=benchmarks/results, MINUTES=8, RESUME=1, ONLY='calibration_kernels replan')"
 	@echo "make clean   remove the virtual environment and build output"
 
 $(VENV)/bin/python:
@@ -48,12 +56,23 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(RUN) -m benchmarks.run --json build/bench.json
 
-# Runs where nothing can be installed: torch and transformers come with GPU_PYTHON.
-gpu:
+gpu-build:
 	SAAP_BUILD_CUDA=1 $(GPU_PYTHON) setup.py build_ext --inplace
-	$(GPU_PYTHON) -m pytest -q -m gpu tests
-	$(GPU_PYTHON) -m benchmarks.compile_report
-	$(GPU_PYTHON) -m benchmarks.run --results $(RESULTS)
+
+gpu-test: gpu-build
+	$(GPU_PYTHON) -m pytest -q -m gpu -p no:cacheprovider --durations=10 $$($(GPU_PYTHON) -c '$(PLUGINS)') $(GPU_TESTS)
+
+gpu-sanitize: gpu-build
+	$(GPU_PYTHON) -m tests.kernels.sanitize
+
+gpu-bench: gpu-build
+	$(GPU_PYTHON) -m benchmarks.run --results $(RESULTS) $(if $(RESUME),--resume) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY))
+
+# A failing part keeps no other from running: wrong kernels are told beside their times, and the exit code is 1.
+gpu: gpu-build
+	@failed=; for part in test bench sanitize; do \
+		$(MAKE) --no-print-directory -o gpu-build gpu-$$part || failed="$$failed gpu-$$part"; \
+	done; if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info saap_kernels/_C*.so .mypy_cache .pytest_cache .ruff_cache .benchmarks

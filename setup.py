@@ -4,6 +4,7 @@ Environment: SAAP_BUILD_CUDA=0 leaves CUDA out, =1 makes its absence an error; S
 (default "80;90a") names targets; SAAP_NVCC or PATH finds nvcc.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -11,11 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import setup
 
 CPU_SOURCES = ["csrc/bindings.cpp", "csrc/activation_sums.cpp", "csrc/salience_reduce.cpp"]
 CUDA_SOURCES = ["csrc/activation_sums.cu", "csrc/weight_salience.cu"]
+CUDA_HEADERS = ["csrc/kernels.h", "csrc/device.cuh"]
 DEFAULT_ARCHS = "80;90a"
 
 
@@ -27,12 +29,11 @@ def find_nvcc() -> str | None:
     if wanted == "0":
         print("saap: CUDA kernels left out (SAAP_BUILD_CUDA=0)", file=sys.stderr)
         return None
-    nvcc = os.environ.get("SAAP_NVCC") or shutil.which("nvcc")
-    if nvcc is None and "CUDA_HOME" in os.environ:
-        nvcc = shutil.which("nvcc", path=str(Path(os.environ["CUDA_HOME"]) / "bin"))
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")  # where NVIDIA's installers put it
+    nvcc = os.environ.get("SAAP_NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
     if nvcc is None:
         if wanted == "1":
-            raise SystemExit("SAAP_BUILD_CUDA=1, but nvcc was not found on PATH, in CUDA_HOME or as SAAP_NVCC")
+            raise SystemExit(f"SAAP_BUILD_CUDA=1, but nvcc was not found on PATH, in {home}/bin or as SAAP_NVCC")
         print("saap: CUDA kernels left out (nvcc not found); the CPU kernels are built", file=sys.stderr)
     return nvcc
 
@@ -55,6 +56,29 @@ def supported_archs(nvcc: str) -> list[str]:
     if asked and missing:
         raise SystemExit(f"SAAP_CUDA_ARCHS: {nvcc} does not support {', '.join(missing)}")
     return [arch for arch in archs if arch not in missing]
+
+
+def content_hash(nvcc: str, source: str, options: list[str]) -> str:
+    """Of all that decides what nvcc makes of one source."""
+    release = subprocess.run([nvcc, "--version"], capture_output=True).stdout
+    contents = [Path(file).read_bytes() for file in (source, *CUDA_HEADERS)]
+    return hashlib.sha256(b"\0".join([release, *map(str.encode, options), *contents])).hexdigest()[:16]
+
+
+class BuildOnly(setuptools.Distribution):
+    """A distribution without pyproject.toml, whose license expression setuptools before 77 refuses to read."""
+
+    def parse_config_files(self, filenames=None, ignore_option_errors=False):
+        super().parse_config_files([] if filenames is None else filenames, ignore_option_errors)
+
+
+def distribution() -> type[setuptools.Distribution]:
+    """What suffices to build in place; packages need setuptools 77, which an isolated build fetches."""
+    if int(setuptools.__version__.split(".")[0]) >= 77:
+        return setuptools.Distribution
+    if sys.argv[1:2] != ["build_ext"]:
+        raise SystemExit(f"setuptools {setuptools.__version__} builds in place only (build_ext): 77 makes packages")
+    return BuildOnly
 
 
 class BuildNative(build_ext):
@@ -87,26 +111,34 @@ class BuildNative(build_ext):
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        options = ["-O3", "-std=c++17", "-Xcompiler=-fPIC", *targets]
+        running = []
         for source in CUDA_SOURCES:
-            target = folder / f"{Path(source).stem}_cuda.o"
-            command = [nvcc, "-O3", "-std=c++17", "-Xcompiler=-fPIC", *targets, "-c", source, "-o", str(target)]
-            print("saap:", " ".join(command), file=sys.stderr)
-            subprocess.run(command, check=True)
+            target = folder / f"{Path(source).stem}_{content_hash(nvcc, source, options)}.o"
             extension.extra_objects.append(str(target))
+            if not target.exists():  # copied trees have new times: what was compiled is told by its contents
+                command = [nvcc, *options, "-c", source, "-o", str(target.with_suffix(".part.o"))]
+                print("saap:", " ".join(command), file=sys.stderr)
+                running.append((subprocess.Popen(command), target))
+        for process, target in running:
+            if process.wait():
+                raise SystemExit(f"{nvcc} failed on {target.name}; its messages are above")
+            target.with_suffix(".part.o").replace(target)
         extension.define_macros += [("SAAP_CUDA", "1"), ("SAAP_CUDA_ARCHS", f'"{";".join(archs)}"')]
         libraries = [root / "lib64", root / "lib", root / "targets/x86_64-linux/lib"]
         extension.library_dirs += [str(path) for path in libraries if (path / "libcudart_static.a").exists()]
         extension.libraries += ["cudart_static", "rt", "dl", "pthread"]  # static: imports without a driver
 
 
-setup(
+setuptools.setup(
+    distclass=distribution(),
     ext_modules=[
         Pybind11Extension(
             "saap_kernels._C",
             CPU_SOURCES,
             cxx_std=17,
             include_dirs=["csrc"],
-            depends=["csrc/kernels.h", "csrc/device.cuh", *CUDA_SOURCES],
+            depends=[*CUDA_HEADERS, *CUDA_SOURCES],
             extra_compile_args=["-O3", "-fvisibility=hidden"],
         )
     ],

@@ -4,28 +4,32 @@ The peer is LLM-Pruner's mixed-order Taylor procedure, written afresh from its d
 parameter requires grad, one backward per sample, squared gradients accumulated in weight-sized
 buffers, then (in its own code) the gradient of the whole batch by a second set of passes; scores
 from W * G and W^2 * F. Its redundant second pass is measured and left out in turn. Both sides use
-the same chunked loss, fp32, and no activation checkpointing unless the case says so. The other
+the same chunked loss and dtype, and no activation checkpointing unless the case says so. The other
 yardstick is one plain forward and backward that leaves weight gradients and computes no score. Each
-variant runs in a process of its own, alternating.
+variant runs in a process of its own.
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import Row, measure_in_processes, peak_of_device, run_or_measure
+from benchmarks.common import Row, measure_in_processes, peak_of_device
+from benchmarks.tasks import run_or_measure
 from saap.calibrate import calibrate
 from saap.families import family_of, layers_of, linears_of
 from saap.loss import backward_sequence_losses
 from saap.units import discover
 
 VARIANTS = (
-    "ours", "plain", "ours, checkpointing", "plain, checkpointing", "peer", "peer without second pass",
+    "ours", "peer", "plain", "ours, checkpointing", "plain, checkpointing", "peer without second pass",
 )  # fmt: skip
+GPU_REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ def plain_backward(model: LlamaForCausalLM, ids: torch.Tensor, batch: int, check
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     for part in ids.split(batch):
         backward_sequence_losses(model, part)
+    for layer in model.model.layers:
+        vars(layer).pop("forward", None)  # a repetition must not wrap the wrapped
 
 
 def _backward_all(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
@@ -127,24 +133,26 @@ def measure_variant(variant: str, quick: bool) -> dict[str, float]:
     ids = torch.randint(0, 32000, (chosen.samples, chosen.seq_len), generator=torch.Generator().manual_seed(0))
     ids = ids.to(device())
     backward_sequence_losses(_warm_up_model(), ids[:1].cpu() % 64)  # thread pools and library initialisation
+    times = []
     if device() == "cuda":
         run_variant(variant, model, ids, chosen)  # compiles the kernels and fills the allocator
     with peak_of_device(device()) as peak:
-        start = time.perf_counter()
-        run_variant(variant, model, ids, chosen)
-        if device() == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        for _ in range(GPU_REPEATS if device() == "cuda" else 1):
+            start = time.perf_counter()
+            run_variant(variant, model, ids, chosen)
+            if device() == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
     parameters = list(model.parameters())
     weights = sum(p.numel() * p.element_size() for p in parameters)
-    return {"seconds": seconds, "bytes": float(peak()), "weights": float(weights)}
+    return {"seconds": median(times), "bytes": float(peak()), "weights": float(weights)}
 
 
 def run_variant(variant: str, model: LlamaForCausalLM, ids: torch.Tensor, chosen: Setting) -> None:
     checkpointing = "checkpointing" in variant
     if variant.startswith("ours"):
         options = {"samples": chosen.samples, "seq_len": chosen.seq_len, "batch_size": chosen.batch}
-        calibrate(model, data=ids, **options, checkpoint=checkpointing)
+        calibrate(model, data=ids.cpu(), **options, checkpoint=checkpointing)
     elif variant.startswith("plain"):
         plain_backward(model, ids, int(chosen.batch), checkpointing)
         model.zero_grad(set_to_none=True)
@@ -159,27 +167,44 @@ def _warm_up_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def measure(quick: bool) -> list[Row]:
-    middle = measure_in_processes("calibrate_model", VARIANTS, quick, repeats=3)
-    chosen = setting(quick)
+def measure(quick: bool) -> Iterator[Row]:
+    """Rows as soon as their variants are measured: alternating on a CPU, one variant after the other on a GPU.
+
+    There each process repeats its variant itself: making the model again would cost more than the measurement.
+    """
+    on_gpu, chosen = device() == "cuda", setting(quick)
+    middle: dict[str, dict[str, float]] = {}
+    shown: set[tuple[str, str]] = set()
+    for variants in [(variant,) for variant in VARIANTS] if on_gpu else [VARIANTS]:
+        middle |= measure_in_processes("calibrate_model", variants, quick, repeats=1 if on_gpu else 3)
+        for row in rows_of(middle, chosen, on_gpu):
+            if (row.case, row.unit) not in shown:
+                shown.add((row.case, row.unit))
+                yield row
+
+
+def rows_of(middle: dict[str, dict[str, float]], chosen: Setting, on_gpu: bool) -> list[Row]:
+    """Every row whose variants are in ``middle``."""
     size = f"{chosen.name}, {chosen.samples} x {chosen.seq_len}"
-    limit = "<= 0.25" if device() == "cuda" else "<= 0.6"
+    limit = "<= 0.25" if on_gpu else "<= 0.6"
     rows = []
-    if device() == "cuda":
-        for ours in ("ours", "ours, checkpointing"):
-            whole = 1 + middle[ours]["bytes"] / middle[ours]["weights"]
+    for ours in [name for name in middle if name.startswith("ours")]:
+        label = f"{size}: {ours.replace('ours', 'saap')} / "
+        mine = middle[ours]
+        if on_gpu:
+            whole = 1 + mine["bytes"] / mine["weights"]
             rows.append(Row.single(f"{size}: {ours}, peak memory / weights", whole, "ratio", "<= 1.15"))
-    for ours in ("ours", "ours, checkpointing"):
-        for peer in ("peer", "peer without second pass"):
-            label = f"{size}: {ours.replace('ours', 'saap')} / LLM-Pruner{peer.removeprefix('peer')}"
-            asked = peer == "peer" and ours == "ours"
-            pair = middle[ours], middle[peer]
-            rows.append(Row.compare(label, pair[0]["seconds"], pair[1]["seconds"], "s", limit if asked else ""))
-            rows.append(Row.compare(label, pair[0]["bytes"] / 2**20, pair[1]["bytes"] / 2**20, "MiB", "<= 0.3"))
-        label = f"{size}: {ours.replace('ours', 'saap')} / forward and backward with weight gradients"
-        plain = middle[ours.replace("ours", "plain")]
-        rows.append(Row.compare(label, middle[ours]["seconds"], plain["seconds"], "s", "<= 1.2"))
-        rows.append(Row.compare(label, middle[ours]["bytes"] / 2**20, plain["bytes"] / 2**20, "MiB"))
+        for peer in [name for name in middle if name.startswith("peer")]:
+            case = f"{label}LLM-Pruner{peer.removeprefix('peer')}"
+            asked = limit if peer == "peer" and ours == "ours" else ""
+            rows.append(Row.compare(case, mine["seconds"], middle[peer]["seconds"], "s", asked))
+            memory = mine["bytes"] / 2**20, middle[peer]["bytes"] / 2**20
+            rows.append(Row.compare(case, *memory, "MiB", "<= 0.3"))
+        plain = middle.get(ours.replace("ours", "plain"))
+        if plain is not None:
+            case = f"{label}forward and backward with weight gradients"
+            rows.append(Row.compare(case, mine["seconds"], plain["seconds"], "s", "" if on_gpu else "<= 1.2"))
+            rows.append(Row.compare(case, mine["bytes"] / 2**20, plain["bytes"] / 2**20, "MiB"))
     return rows
 
 

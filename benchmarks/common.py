@@ -1,6 +1,5 @@
-"""What every benchmark shares: rows, their table and JSON, peak memory, and the shipped model."""
+"""What every benchmark shares: rows and their table, processes of variants, peak memory, and the shipped model."""
 
-import argparse
 import ctypes
 import json
 import platform
@@ -11,11 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from operator import eq, ge, le, lt
 from pathlib import Path
 
 import torch
 
+CASE_WIDTH = 84
 SMALL_MODEL = Path(__file__).parent / "small_model"
 
 
@@ -30,6 +31,14 @@ class Row:
     unit: str
     device: str
     asked: str = ""
+
+    @property
+    def missed(self) -> bool:
+        """Whether something is asked and the ratio, or ours where there is no peer, does not keep to it."""
+        if not self.asked:
+            return False
+        bound, value = self.asked.split(), self.ours if self.ratio is None else self.ratio
+        return not {"<=": le, "<": lt, ">=": ge, "==": eq}[bound[0]](value, float(bound[1]))
 
     @classmethod
     def compare(cls, case: str, ours: float, peer: float, unit: str, asked: str = "") -> "Row":
@@ -46,19 +55,6 @@ def device_name() -> str:
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def run(question: str, measure: Callable[[bool], Sequence[Row]]) -> None:
-    """Command line of a benchmark module: ``[--quick] [--json FILE]``, prints a table."""
-    parser = argparse.ArgumentParser(description=question)
-    parser.add_argument("--quick", action="store_true", help="smaller shapes, a smoke test rather than a measurement")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    args = parser.parse_args()
-    rows = measure(args.quick)
-    print_rows(rows)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-
-
 def measure_in_processes(
     module: str, variants: Sequence[str], quick: bool, repeats: int
 ) -> dict[str, dict[str, float]]:
@@ -73,24 +69,23 @@ def measure_in_processes(
     return {v: {k: statistics.median(r[k] for r in rows) for k in rows[0]} for v, rows in results.items()}
 
 
-def run_or_measure(
-    question: str, measure: Callable[[bool], Sequence[Row]], measure_variant: Callable[[str, bool], dict[str, float]]
-) -> None:
-    """Command line of a module whose ``--variant NAME`` prints what one variant measured, as JSON."""
-    if "--variant" not in sys.argv:
-        run(question, measure)
-        return
-    chosen = sys.argv[sys.argv.index("--variant") + 1]
-    print(json.dumps(measure_variant(chosen, "--quick" in sys.argv)))
+def print_header() -> None:
+    print(f"\n{'case':{CASE_WIDTH}} {'ours':>10} {'peer':>10} {'ratio':>7}  unit     asked", flush=True)
 
 
-def print_rows(rows: Sequence[Row]) -> None:
-    print(f"\n{'case':58} {'ours':>10} {'peer':>10} {'ratio':>7}  unit     asked")
-    for row in rows:
-        peer = "" if row.peer is None else f"{row.peer:.3f}"
-        ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
-        print(f"{row.case:58} {row.ours:10.3f} {peer:>10} {ratio:>7}  {row.unit:8} {row.asked}")
-    print(f"device: {rows[0].device}")
+def print_row(row: Row) -> None:
+    peer = "" if row.peer is None else f"{row.peer:.3f}"
+    ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
+    print(f"{row.case:{CASE_WIDTH}} {row.ours:10.3f} {peer:>10} {ratio:>7}  {row.unit:8} {row.asked}", flush=True)
+
+
+def print_missed(rows: Sequence[Row]) -> None:
+    """The rows that do not keep to what is asked of them, again and last, where a long table would hide them."""
+    asked, missed = sum(bool(row.asked) for row in rows), [row for row in rows if row.missed]
+    print(f"\n{len(missed)} of {asked} asked rows missed")
+    for row in missed:
+        value = f"{row.ours:.3f} {row.unit}" if row.ratio is None else f"{row.ratio:.3f} of the peer's {row.unit}"
+        print(f"{row.case:{CASE_WIDTH}} {value}, asked {row.asked}")
 
 
 def resident_bytes() -> int:

@@ -8,8 +8,9 @@ text, where damping matters.
 from statistics import mean
 from typing import Any
 
-from benchmarks.common import SMALL_MODEL, Row, run
+from benchmarks.common import SMALL_MODEL, Row
 from benchmarks.criteria import load_small_model
+from benchmarks.tasks import run
 from saap.calibrate import calibrate
 from saap.compact import compact
 from saap.compensate import compensation

@@ -1,8 +1,9 @@
 """What the Triton compiler makes of every kernel, with no GPU: registers, spills, shared memory, instructions.
 
 ``python -m benchmarks.compile_report`` compiles each frozen configuration for sm_80 and sm_90 and
-reads the cubin. "copies" are 16-byte cp.async or TMA loads in the PTX, "spills" stack accesses among
-the matrix instructions (stack bytes may hold values that are used once per tile).
+reads the cubin. "per SM" are the programs that fit one multiprocessor and what keeps it from holding more;
+"wgmma" and "mma" are matrix instructions and "tma" and "cp" wide copies into shared memory in the PTX; "spills"
+are stack accesses among the matrix instructions (stack bytes may hold values that are used once per tile).
 """
 
 import re
@@ -19,29 +20,54 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from saap_kernels import triton_activations
+from saap_kernels.planes import PLANES
 from saap_kernels.triton_weight_salience import TileConfig, choose_config, weight_salience_kernel
 
-SHARED_LIMIT = {80: 166_912, 90: 232_448}
+SHARED_LIMIT = {80: 166_912, 90: 232_448}  # of one program
+SHARED, RESERVED = {80: 167_936, 90: 233_472}, 1024  # of a multiprocessor, and taken by each program beside its own
+REGISTERS, WARPS, PROGRAMS = 65_536, 64, 32  # of a multiprocessor
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+COUNTED = {  # instructions of the PTX
+    "wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync", "tma": r"cp\.async\.bulk\.tensor",
+    "cp": r"cp\.async\.c[ag]\.shared\.global", "narrow": r"ld\.global\.b(?:8|16)\b",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Report:
+    """Resources and instructions of one specialisation."""
+
     kernel: str
     capability: int
-    registers: int
+    warps: int
+    registers: int  # of a thread
     stack_bytes: int
     shared_bytes: int
-    tensor_core: int
-    wide_copies: int
-    narrow_loads: int
+    counts: dict[str, int]  # by COUNTED
     loop_spills: int  # loads from or stores to the stack between the first and the last matrix instruction
-    per_processor: int = 1
+    per_processor: int = 1  # programs that its launch counts on
+
+    @property
+    def occupancy(self) -> tuple[int, str]:
+        """Programs that fit one multiprocessor, and by what they are limited.
+
+        Registers are given out to a warp in units of 256.
+        """
+        of_warp = -(-self.registers * 32 // 256) * 256
+        limits = {
+            "registers": REGISTERS // of_warp // self.warps,
+            "shared": SHARED[self.capability] // (self.shared_bytes + RESERVED),
+            "warps": min(PROGRAMS, WARPS // self.warps),
+        }
+        limit = min(limits, key=limits.__getitem__)
+        return limits[limit], limit
 
     def __str__(self) -> str:
+        programs, limit = self.occupancy
+        counts = " ".join(f"{self.counts[name]:6}" for name in COUNTED)
         return (
-            f"{self.kernel:58} sm_{self.capability} {self.registers:9} {self.stack_bytes:5} {self.shared_bytes:7} "
-            f"{self.tensor_core:4} {self.wide_copies:6} {self.narrow_loads:6} {self.loop_spills:6}"
+            f"{self.kernel:66} sm_{self.capability} {self.registers:9} {self.stack_bytes:5} {self.shared_bytes:7} "
+            f"{programs:3} ({limit:9}) {counts} {self.loop_spills:6}"
         )
 
 
@@ -60,12 +86,11 @@ def compile_kernel(
     return Report(
         kernel=name,
         capability=capability,
+        warps=warps,
         registers=registers,
         stack_bytes=stack,
         shared_bytes=done.metadata.shared,
-        tensor_core=len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx)),
-        wide_copies=len(re.findall(r"cp\.async\.cg\.shared\.global|cp\.async\.bulk\.tensor", ptx)),
-        narrow_loads=len(re.findall(r"ld\.global\.b(?:8|16)\b", ptx)),
+        counts={kind: len(re.findall(pattern, ptx)) for kind, pattern in COUNTED.items()},
         loop_spills=_loop_spills(done.asm["cubin"]),
         per_processor=per_processor,
     )
@@ -108,8 +133,10 @@ def weight_salience_report(
 ) -> Report:  # fmt: skip
     """One specialisation of the weight salience kernel; ``want`` orders are computed, integers in ``ones`` are 1.
 
-    Triton makes constants of integer arguments that are 1, as on weights of a single row.
+    Triton makes constants of integer arguments that are 1, as on weights of a single row, unless a kernel says that
+    it is not to.
     """
+    specialised = {parameter.name for parameter in weight_salience_kernel.params if not parameter.do_not_specialize}
     kind = NAMES[dtype]
     pointers = dict.fromkeys(("p", "q", "w"), f"*{kind}") | {"blocks": "*i32", "partial": "*fp32"}
     integers = (
@@ -125,7 +152,7 @@ def weight_salience_report(
         "DESCRIPTORS": config.descriptors, "EXACT_FP32": dtype == torch.float32, "BLOCK_U": config.block_u,
         "BLOCK_R": config.block_r, "BLOCK_T": config.block_t, "GROUP_U": 8,
         "w_stride_r" if axis == "out" else "w_stride_u": 1,
-    } | dict.fromkeys(ones, 1)  # fmt: skip
+    } | {name: 1 for name in ones if name in specialised}  # fmt: skip
     divisible = {"p", "q", "w", "blocks", "partial", "U", "R", "plane", "w_stride_u", "w_stride_r"}
     if not config.descriptors:
         divisible |= {"p_descriptor", "q_descriptor"}
@@ -137,21 +164,34 @@ def weight_salience_report(
     )  # fmt: skip
 
 
-def activation_report(capability: int, dtype: torch.dtype) -> Report:
-    """The fused pass over x and dx: all four sums about a shift."""
+def activation_report(
+    capability: int, dtype: torch.dtype, planes: Sequence[str] = PLANES, shifted: bool = True
+) -> Report:
+    """One pass over x, and over dx for the salience: the sums of ``planes``."""
     kind = NAMES[dtype]
     signature = {"x": f"*{kind}", "dx": f"*{kind}", "shift": "*fp32", "blocks": "*i32", "partial": "*fp32"}
     signature |= dict.fromkeys(("K", "x_pitch", "dx_pitch", "plane"), "i32")
-    constants = {"SALIENCE": 0, "SUM": 1, "SQUARE": 2, "ABSMAX": 3, "ABS": 4, "SHIFTED": True}
-    constants |= {"BLOCK_K": triton_activations.BLOCK_K, "BLOCK_T": triton_activations.BLOCK_T}
+    constants = {name.upper(): planes.index(name) if name in planes else -1 for name in PLANES}
+    constants |= {"SHIFTED": shifted, "BLOCK_K": triton_activations.BLOCK_K, "BLOCK_T": triton_activations.BLOCK_T}
     return compile_kernel(
-        f"activation_salience_statistics {kind}", triton_activations.activation_sums_kernel, capability, signature,
+        f"activation {'+'.join(planes)} {kind}", triton_activations.activation_sums_kernel, capability, signature,
         constants, set(signature), triton_activations.WARPS, 3,
     )  # fmt: skip
 
 
+def sequence_report(capability: int) -> Report:
+    """The second stage of the activation ops: blocks of each sequence added in order."""
+    signature = {"partial": "*fp32", "starts": "*i32", "result": "*fp32"}
+    signature |= dict.fromkeys(("K", "plane", "sequences"), "i32")
+    constants = {"ABSMAX": 3, "BLOCK_K": triton_activations.FINISH_K}
+    return compile_kernel(
+        "activation sums of sequences", triton_activations.sequence_sums_kernel, capability, signature, constants,
+        set(signature) - {"sequences"}, triton_activations.WARPS, 3,
+    )  # fmt: skip
+
+
 def reports() -> Iterator[Report]:
-    """Every configuration that ``choose_config`` can pick, for both capabilities."""
+    """Every configuration that ``choose_config`` can pick, and every kind of activation op, for both capabilities."""
     for capability in (80, 90):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for lines, coupled in ((11008, False), (512, False), (4096, True)):
@@ -159,10 +199,14 @@ def reports() -> Iterator[Report]:
                 for axis in ("out", "in"):
                     yield weight_salience_report(capability, dtype, config, coupled=coupled, axis=axis)
             yield activation_report(capability, dtype)
+            yield activation_report(capability, dtype, PLANES[:1], shifted=False)
+            yield activation_report(capability, dtype, PLANES[1:4])
+        yield sequence_report(capability)
 
 
 def main() -> None:
-    print(f"triton {triton.__version__}\n{'kernel':58} {'':5} registers stack  shared  mma copies narrow spills")
+    counts = " ".join(f"{name:>6}" for name in COUNTED)
+    print(f"triton {triton.__version__}\n{'kernel':66} {'':5} registers stack  shared {'per SM':15} {counts} spills")
     for report in reports():
         print(report, flush=True)
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from benchmarks.common import SMALL_MODEL, Row, run
+from benchmarks.common import SMALL_MODEL, Row
+from benchmarks.tasks import run
 from saap.calibrate import calibrate
 from saap.compact import compact
 from saap.criteria import Scores, score

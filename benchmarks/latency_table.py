@@ -7,8 +7,6 @@ MLP (norms, residuals) is shared out between both at their smallest sizes; searc
 
 import argparse
 import copy
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from benchmarks.common import SMALL_MODEL, Row, print_rows
+from benchmarks.common import SMALL_MODEL, Row
+from benchmarks.tasks import Task, run_tasks
 from benchmarks.timing import interleave
 from saap.compact import compact
 from saap.families import family_of, layers_of
@@ -120,18 +119,21 @@ def rows_of(table: LatencyTable) -> list[Row]:
     return [*rows, Row.single("the rest of the model", table.rest * 1e6, "us")]
 
 
-def measure(quick: bool) -> list[Row]:
-    """The shipped model's table."""
-    config = AutoConfig.from_pretrained(SMALL_MODEL)
-    table = measure_table(
-        config, dtype=torch.float32, device="cuda" if torch.cuda.is_available() else "cpu",
-        tokens=1, context=64, multiple=32, repeats=3 if quick else 30,
-    )  # fmt: skip
-    return rows_of(table)
+def tasks(args: argparse.Namespace) -> list[Task]:
+    def measure() -> list[Row]:
+        table = measure_table(
+            AutoConfig.from_pretrained(args.model), dtype=getattr(torch, args.dtype),
+            device="cuda" if torch.cuda.is_available() else "cpu", tokens=args.tokens, context=args.context,
+            multiple=args.multiple, repeats=3 if args.quick else args.repeats,
+        )  # fmt: skip
+        if args.out:
+            table.save(args.out)
+        return rows_of(table)
+
+    return [Task("latency_table", measure)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default=str(SMALL_MODEL), help="a model directory or hub name")
     parser.add_argument("--out", type=Path, help="where the table goes")
     parser.add_argument("--tokens", type=int, default=1, help="new tokens of one forward pass (1: decoding)")
@@ -139,20 +141,7 @@ def main() -> None:
     parser.add_argument("--multiple", type=int, default=32, help="widths measured are multiples of this")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--quick", action="store_true", help="few repeats")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    args = parser.parse_args()
-    table = measure_table(
-        AutoConfig.from_pretrained(args.model), dtype=getattr(torch, args.dtype),
-        device="cuda" if torch.cuda.is_available() else "cpu", tokens=args.tokens, context=args.context,
-        multiple=args.multiple, repeats=3 if args.quick else args.repeats,
-    )  # fmt: skip
-    if args.out:
-        table.save(args.out)
-    print_rows(rows_of(table))
-    if args.json:
-        args.json.write_text(json.dumps([vars(row) for row in rows_of(table)], indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tasks(__doc__ or "", tasks, options)

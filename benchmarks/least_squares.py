@@ -9,7 +9,8 @@ torch's default fp32 (less exact: a bound that is harder to keep) and in float64
 import torch
 from torch import Tensor
 
-from benchmarks.common import Row, run
+from benchmarks.common import Row
+from benchmarks.tasks import run
 from benchmarks.timing import interleave
 from saap.least_squares import NormalEquations
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import Row, run
+from benchmarks.common import Row
+from benchmarks.tasks import run
 from saap.criteria import score
 from saap.search import search
 from saap.statistics import Statistics

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import Row, measure_in_processes, peak_memory, run_or_measure
+from benchmarks.common import Row, measure_in_processes, peak_memory
+from benchmarks.tasks import run_or_measure
 
 VARIANTS = ("ours", "peer", "ours, hidden", "peer, hidden")
 

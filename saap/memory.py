@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from saap.determinism import ask_cublas
 from saap.units import LayerUnits, Units
 
 
@@ -56,5 +57,6 @@ def on_device(model: PreTrainedModel) -> PreTrainedModel:
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
         if weight_bytes(model) < 0.9 * available_bytes(device):
+            ask_cublas()  # before the first product there
             return model.to(device)  # type: ignore[arg-type]  # stubs of to() know no torch.device
     return model

@@ -4,9 +4,10 @@ import json
 import math
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
-import torch
 
 NAMES = (
     "replan", "criteria", "calibrate_model", "calibration_kernels", "calibrate_streamed", "torch_pruning_taylor",
@@ -50,55 +51,90 @@ def test_removing_random_units_of_the_shipped_model_clearly_hurts() -> None:
 
 def test_results_are_one_json_and_one_markdown_table_per_device(tmp_path) -> None:
     from benchmarks.common import Row
-    from benchmarks.run import write_results
+    from benchmarks.results import Results
 
-    write_results(tmp_path, [Row.compare("case", 1.0, 4.0, "s", "<= 0.5"), Row.single("alone", 2.0, "GB/s")])
+    results = Results(tmp_path)
+    results.add("one", Row.compare("case", 1.0, 4.0, "s", "<= 0.5"))
+    results.add("two", Row.single("alone", 2.0, "GB/s"))
     (table,) = tmp_path.glob("*.md")
     assert "| case | 1.000 | 4.000 | 0.250 | s | <= 0.5 |" in table.read_text()
-    assert json.loads(table.with_suffix(".json").read_text())[1]["peer"] is None
+    found = json.loads(table.with_suffix(".json").read_text())
+    assert found["rows"][1]["peer"] is None and found["finished"] == []
 
 
-def test_the_cost_model_charges_for_more_work_and_says_that_it_predicts() -> None:
-    from benchmarks.cost_model import DEVICES, Problem, bare_product, ours, rows_of
-    from benchmarks.shapes import MODELS
+def test_results_merge_by_task_and_start_anew_with_other_versions(tmp_path, monkeypatch) -> None:
+    from benchmarks import results as module
+    from benchmarks.common import Row
+    from benchmarks.results import Results
 
-    shape, device = MODELS["Llama-2-7B"][3], DEVICES[0]
-    short, more, long = (Problem(shape, *size) for size in ((10, 64), (20, 64), (10, 2048)))
-    assert ours(short, device) < ours(more, device) < ours(long, device)
-    assert ours(long, device) > bare_product(long, device)  # the same products, and an epilogue
-    assert ours(short, DEVICES[0]) == ours(short, DEVICES[1])  # bound by arithmetic, which the two share
-    assert all("not measured" in row.device for row in rows_of(short, device))
+    def cases() -> list[tuple[str, float]]:
+        return [(row["case"], row["ours"]) for row in Results(tmp_path).rows.values()]
+
+    first = Results(tmp_path)
+    for case in ("kept", "gone"):
+        first.add("task", Row.single(case, 1.0, "s"))
+    first.add("other", Row.single("kept", 3.0, "s"))
+    again = Results(tmp_path)
+    row = Row.single("kept", 2.0, "s")
+    again.add("task", row)
+    assert cases() == [("kept", 2.0), ("gone", 1.0), ("kept", 3.0)]  # an interruption here loses nothing
+    again.finish("task", [row])
+    assert cases() == [("kept", 2.0), ("kept", 3.0)] and Results(tmp_path).finished == ["task"]
+    monkeypatch.setattr(module, "triton_version", lambda: "0.0")
+    assert cases() == []
 
 
-def test_the_cost_model_predicts_every_row_that_a_gpu_would_measure(monkeypatch) -> None:
-    from benchmarks import calibrate_model, calibration_kernels
-    from benchmarks.cost_model import DEVICES, Problem, activation_rows, calibration_rows, rows_of
-    from benchmarks.shapes import MODELS
+TASKS = """
+import sys, time
+from benchmarks.common import Row
+from benchmarks.tasks import Task, run_tasks
+def slow():
+    yield Row.single("before", 1.0, "s")
+    time.sleep({seconds})
+    {after}
+run_tasks("", lambda args: [Task("quick", lambda: [Row.single("first", 1.0, "s")]), Task("slow", slow)])
+"""
 
-    device, shape = DEVICES[0], MODELS["Llama-2-7B"][3]
 
-    def cases(rows: list) -> list[tuple[str, str]]:
-        return [(row.case.removeprefix(f"{device.name}: "), row.asked) for row in rows]
+def run_module_of_tasks(tmp_path, monkeypatch, seconds: float, after: str, options: list[str], limit: float):
+    """``benchmarks.run.run_module`` on a module written here."""
+    from benchmarks import run
 
-    def measured(rows: list) -> list[tuple[str, str]]:
-        return [(row.case, row.asked) for row in rows]
-
-    def same(variants, *_, **__) -> dict[str, float]:
-        return dict.fromkeys(variants, 1.0)
-
-    monkeypatch.setattr(calibration_kernels, "interleave", same)
-    monkeypatch.setattr(calibration_kernels, "peaks", same)
-    monkeypatch.setattr(calibration_kernels, "operands", lambda *_: [()])
-    names = {case for case, _ in measured(calibration_kernels.weight_rows(shape, 10, 64, 1, 1.0, compiled=True))}
-    assert names == {case for case, _ in cases(rows_of(Problem(shape, 10, 64), device))}
-    names = {case for case, _ in measured(calibration_kernels.activation_rows(256, 64, 1.0, 1))}
-    assert names == {case for case, _ in cases(activation_rows(256, 64, 128, device))}
-
-    size = calibrate_model.Setting("Llama-2-7B", {}, 10, 64, torch.bfloat16, 10)
-    monkeypatch.setattr(calibrate_model, "setting", lambda quick: size)
-    monkeypatch.setattr(calibrate_model, "device", lambda: "cuda")
-    ones = {"seconds": 1.0, "bytes": 1.0, "weights": 1.0}
-    monkeypatch.setattr(
-        calibrate_model, "measure_in_processes", lambda _module, variants, *_, **__: dict.fromkeys(variants, ones)
+    (tmp_path / "benchmarks").mkdir(exist_ok=True)
+    (tmp_path / "benchmarks" / "planted.py").write_text(TASKS.format(seconds=seconds, after=after))
+    (tmp_path / "benchmarks" / "__init__.py").write_text(
+        f"__path__.append({str(Path(run.__file__).parent)!r})\n"  # the other modules are where they are
     )
-    assert sorted(measured(calibrate_model.measure(quick=False))) == sorted(cases(calibration_rows(device)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return run.run_module("planted", ["--results", str(tmp_path / "results"), *options], limit)
+
+
+def rows_written(tmp_path) -> list[str]:
+    return [row["case"] for row in json.loads(next((tmp_path / "results").glob("*.json")).read_text())["rows"]]
+
+
+def test_a_module_out_of_time_is_stopped_and_its_rows_stay(tmp_path, monkeypatch) -> None:
+    start = time.monotonic()
+    good, rows = run_module_of_tasks(tmp_path, monkeypatch, 600, "", [], limit=20)
+    assert time.monotonic() - start < 60
+    assert good and [row.case for row in rows] == ["first", "before"] == rows_written(tmp_path)
+
+
+def test_a_failing_module_is_reported_and_its_rows_stay(tmp_path, monkeypatch) -> None:
+    good, rows = run_module_of_tasks(tmp_path, monkeypatch, 0, "raise RuntimeError('planted')", [], limit=60)
+    assert not good and len(rows) == 2 == len(rows_written(tmp_path))
+    good, rows = run_module_of_tasks(tmp_path, monkeypatch, 0, "", ["--resume"], limit=60)
+    assert good and [row.case for row in rows] == ["before"]  # the task that was whole is not measured again
+
+
+def test_a_budget_starts_no_task_after_its_end(tmp_path, monkeypatch, capfd) -> None:
+    good, rows = run_module_of_tasks(tmp_path, monkeypatch, 0, "", ["--minutes", "1e-9"], limit=60)
+    assert good and rows == [] and "out of time; not measured: quick, slow" in capfd.readouterr().out
+
+
+def test_every_scheduled_benchmark_is_a_module_and_the_valuable_ones_come_first() -> None:
+    from benchmarks.run import BENCHMARKS
+
+    assert {name for name, _ in BENCHMARKS} <= set(NAMES)
+    assert [name for name, _ in BENCHMARKS][:2] == ["calibration_kernels", "calibrate_model"]

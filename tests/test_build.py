@@ -90,3 +90,22 @@ def test_sdist_holds_the_sources(tmp_path) -> None:
         names = {name.split("/", 1)[1] for name in file.getnames() if "/" in name}
     assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").iterdir()} <= names
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
+
+
+def run_as_setuptools_75(source: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """setup.py where setuptools says that it is older than the license expression of pyproject.toml."""
+    code = "import runpy, setuptools; setuptools.__version__ = '75.0'; runpy.run_path('setup.py', run_name='__main__')"
+    environment = os.environ | {"SAAP_BUILD_CUDA": "0"}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=source, capture_output=True, text=True, env=environment)
+
+
+def test_an_older_setuptools_builds_in_place_and_refuses_the_rest(tmp_path) -> None:
+    for name in ("csrc", "saap_kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "saap"\nlicense = 3\n')  # what no version reads
+    done = run_as_setuptools_75(tmp_path, "build_ext", "--inplace")
+    assert done.returncode == 0 and list(tmp_path.glob("saap_kernels/_C*.so")), done.stdout + done.stderr
+    done = run_as_setuptools_75(tmp_path, "sdist")
+    assert done.returncode == 1 and "setuptools 75.0 builds in place only (build_ext)" in done.stderr

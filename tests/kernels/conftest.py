@@ -1,7 +1,12 @@
 """Scratch memory starts as NaN, so that a kernel that reads what it never wrote is caught."""
 
+import os
+
 import pytest
 import torch
+
+# read once, at the process's first product, which may be any test's: calibration on a device needs it
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ import torch
 
 from saap.calibrate import calibrate, collect_batch
 from saap.collector import Collector
-from saap.determinism import deterministic_kernels
 from saap.families import family_of, layers_of, linears_of
 from saap.loss import backward_sequence_losses
 from saap.moments import Moments
@@ -280,19 +279,3 @@ def test_backends_agree_in_fp32(backend: str, family: str) -> None:
             scale = expected.abs().amax(-1, keepdim=True)
             # fp32 forward and backward over 3 layers: about 1e-5 relative to the largest unit
             assert ((found - expected).abs() <= 1e-4 * scale).all()
-
-
-def test_kernels_are_deterministic_on_a_gpu_and_the_settings_come_back() -> None:
-    from torch.utils import deterministic
-
-    def settings() -> tuple[bool, bool, bool]:
-        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-        return torch.are_deterministic_algorithms_enabled(), warn_only, deterministic.fill_uninitialized_memory
-
-    before = settings()
-    with deterministic_kernels(torch.device("cpu")):
-        assert settings() == before
-    with pytest.raises(KeyError), deterministic_kernels(torch.device("cuda")):
-        assert settings() == (True, True, False)
-        raise KeyError
-    assert settings() == before == (False, False, True)

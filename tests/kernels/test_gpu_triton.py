@@ -1,0 +1,8 @@
+"""The Triton kernels on a device, with bf16: the cases that test_triton.py runs in the interpreter."""
+
+import pytest
+import torch
+
+from tests.kernels.triton_cases import *  # noqa: F403  every case
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
