@@ -37,7 +37,7 @@ def _store(partial, slot, base, plane, lines, valid, values):
     tl.store(partial + slot * plane + base + lines, values, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_count"])  # as the constant 1 it breaks Triton 3.6's compiler for sm_90
 def weight_salience_kernel(
     p, q, p_descriptor, q_descriptor, w, blocks, partial,
     U, R, p_columns8, q_columns8, p_pitch8, q_pitch8, w_stride_u, w_stride_r,
