@@ -26,7 +26,8 @@ CASES: dict[str, dict[str, Any] | None] = {
     "least squares, dense inputs": {"inputs": "dense"},
     "least squares, pruned inputs": {"inputs": "pruned"},
 }
-LITTLE = {f"4 sequences, damping {d:g}": {"damping": d, "samples": 4} for d in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)}
+DAMPINGS = ("auto", 1e-3, 1e-2, 1e-1)
+LITTLE = {f"{n} sequences, damping {d}": {"damping": d, "samples": n} for n in (4, 16) for d in DAMPINGS}
 
 
 def measure(quick: bool) -> list[Row]:

@@ -27,7 +27,6 @@ from saap.units import IN_PARTS, discover
 
 COMPENSATIONS = ("none", "bias", "least_squares")
 INPUTS = ("dense", "pruned")
-DAMPING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def compensation(
     *,
     method: str = "least_squares",
     inputs: str = "dense",
-    damping: float = DAMPING,
+    damping: float | str = "auto",
     samples: int = 128,
     seq_len: int = 512,
     batch_size: int | str = "auto",
@@ -69,12 +68,12 @@ def compensation(
     ``method`` "least_squares" gives the kept columns K of each Linear that loses some the weights
         V = argmin ||Y - X_K V' - b||_F^2 + damping * m * ||V - W_K||_F^2
     over calibration tokens, m the mean of the diagonal of X_K' X_K: Y is the dense Linear's output (without its
-    bias), b is solved for where the Linear has a bias and 0 otherwise. ``inputs`` "dense" takes X of the dense
-    model, in one pass; "pruned" takes X of the model whose blocks so far are pruned and compensated, o before
-    down, in three passes. Of what calibration says nothing about, such as dead channels, weights stay. A singular
-    Gram matrix gets up to a million times the damping. "bias" leaves the weights and adds the mean of
-    what is missing, b + W_R mean(x_R) over the removed columns R with dense inputs (FLAP, arXiv 2312.11983), to a
-    bias that is made where there is none.
+    bias), b is solved for where the Linear has a bias and 0 otherwise. ``damping`` "auto" is |K| over the tokens.
+    Of what calibration says nothing about, such as dead channels, weights stay; a Gram matrix that is still
+    singular gets up to a million times the damping. ``inputs`` "dense" takes X of the dense model, in one pass;
+    "pruned" takes X of the model whose blocks so far are pruned and compensated, o before down, in three passes.
+    ``method`` "bias" leaves the weights and adds the mean of what is missing, with dense inputs W_R mean(x_R)
+    over the removed columns R (FLAP, arXiv 2312.11983), to a bias that is made where there is none.
 
     Calibration text and its arguments are those of ``calibrate``; Gram matrices are summed over the ranks of a
     torch.distributed group. Memory beyond the model: one block's Gram matrices in float64, the hidden states on
@@ -110,7 +109,7 @@ class _Sweep(Blocks):
 
     def __init__(
         self, model: PreTrainedModel, plan: Plan, ids: Tensor, streaming: Streaming | None, method: str, inputs: str,
-        damping: float, batch_size: int | str, progress: Progress | None,
+        damping: float | str, batch_size: int | str, progress: Progress | None,
     ) -> None:  # fmt: skip
         family, units = family_of(model, plan.units.family), plan.units
         given = streaming or Streaming(device=model.device)
@@ -235,13 +234,15 @@ def check_compensate(method: str, data: Any) -> None:
         )
 
 
-def _check_options(method: str, inputs: str, damping: float) -> None:
+def _check_options(method: str, inputs: str, damping: float | str) -> None:
     if method not in COMPENSATIONS[1:]:
         raise ValueError(f"method must be one of {', '.join(COMPENSATIONS[1:])}; got {method!r}")
     if inputs not in INPUTS:
         raise ValueError(f"inputs must be one of {', '.join(INPUTS)}; got {inputs!r}")
+    if damping == "auto":
+        return
     if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 < damping < math.inf:
-        raise ValueError(f"damping must be a positive number; got {damping!r}")
+        raise ValueError(f'damping must be "auto" or a positive number; got {damping!r}')
 
 
 def _equations_bytes(plan: Plan) -> int:

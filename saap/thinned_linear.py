@@ -56,7 +56,7 @@ class ThinnedLinear:
         kept = self.kept if self.least_squares else self.kept[:0]  # a bias is a least-squares problem without inputs
         return NormalEquations.of(rows[:, kept].to(self.precision), residual)
 
-    def solved(self, damping: float) -> Replacement:
+    def solved(self, damping: float | str) -> Replacement:
         """The Linear's new weight and bias; frees the sums."""
         self.equations.all_reduce()
         affine = self.linear.bias is not None or not self.least_squares

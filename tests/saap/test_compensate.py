@@ -1,6 +1,7 @@
 """Compensation against plain least squares on materialised inputs, and everything that must not change it."""
 
 import copy
+import gc
 import sys
 
 import pytest
@@ -256,3 +257,29 @@ def test_compact_applies_what_belongs_to_the_plan_and_nothing_else() -> None:
     # a check of the purpose: on the text it was computed on, the logits are nearer the dense model's
     plain = saap.compact(model, plan, copy=True)
     assert (pruned(DATA).logits - before).square().mean() < 0.9 * (plain(DATA).logits - before).square().mean()
+
+
+@pytest.mark.parametrize("inputs", ["dense", "pruned"])
+def test_only_one_block_is_on_the_device_at_a_time(monkeypatch, inputs: str) -> None:
+    """A dtype stands in for a device; sums are over one block's Linears, freed before the next block comes."""
+    model = tiny_model("llama", torch.float32, **PLAIN)
+    plan, blocks, sums = make_plan(model), [], []
+    real = torch.nn.functional.linear
+
+    def watch(*args, **kwargs):
+        moved = {name for name, p in model.named_parameters() if p.dtype == torch.float64 and ".layers." in name}
+        blocks.append({name.split(".")[2] for name in moved})
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watch)
+    made = saap.least_squares.NormalEquations.zeros
+
+    def count(*args):
+        gc.collect()
+        sums.append(sum(type(found) is saap.least_squares.NormalEquations for found in gc.get_objects()))
+        return made(*args)
+
+    monkeypatch.setattr(saap.least_squares.NormalEquations, "zeros", count)
+    saap.compensation(model, plan, **OPTIONS, inputs=inputs, stream=saap.Streaming(dtype=torch.float64))
+    assert max(map(len, blocks)) == 1 and set().union(*blocks) == {"0", "1", "2"}
+    assert max(sums) == 1  # o's when down's are made

@@ -67,6 +67,11 @@ def test_fewer_tokens_than_inputs_fit_exactly_with_the_smallest_change() -> None
     torch.testing.assert_close(change.T, torch.linalg.pinv(x) @ r, rtol=1e-5, atol=1e-6)  # damping 1e-9 of 1 / 1e-3
 
 
+def test_automatic_damping_is_inputs_over_tokens() -> None:
+    x, r = problem()
+    assert torch.equal(equations(x, r).solve("auto", True)[0], equations(x, r).solve(12 / 200, True)[0])
+
+
 def test_all_inputs_zero_or_none_at_all_change_nothing() -> None:
     x, r = problem()
     change, _ = equations(torch.zeros_like(x), r).solve(1e-3, affine=False)
@@ -143,7 +148,7 @@ def test_weights_beyond_the_models_dtype_are_refused() -> None:
     with pytest.raises(
         ValueError, match="compensation of layer 0, mlp.down_proj overflows torch.float16; use a larger"
     ):
-        saap.compensation(model, plan, **OPTIONS)
+        saap.compensation(model, plan, **OPTIONS, damping=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +156,9 @@ def test_weights_beyond_the_models_dtype_are_refused() -> None:
     [
         ({"method": "none"}, "method must be one of bias, least_squares; got 'none'"),
         ({"inputs": "both"}, "inputs must be one of dense, pruned; got 'both'"),
-        ({"damping": 0}, "damping must be a positive number; got 0"),
-        ({"damping": float("nan")}, "damping must be a positive number; got nan"),
-        ({"damping": "much"}, "damping must be a positive number; got 'much'"),
+        ({"damping": 0}, 'damping must be "auto" or a positive number; got 0'),
+        ({"damping": float("nan")}, 'damping must be "auto" or a positive number; got nan'),
+        ({"damping": "much"}, 'damping must be "auto" or a positive number; got .much.'),
         ({"data": None}, "expected calibration or evaluation text, got none"),
         ({"samples": 0}, "samples must be at least 1; got 0"),
         ({"seq_len": 65}, "seq_len must lie between 2 and the model's 64 positions; got 65"),
