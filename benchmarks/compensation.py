@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.common import SMALL_MODEL, Row
-from benchmarks.criteria import load_small_model
+from benchmarks.criteria import load_model
 from benchmarks.tasks import run
 from saap.calibrate import calibrate
 from saap.compact import compact
@@ -31,7 +31,7 @@ LITTLE = {f"{n} sequences, damping {d}": {"damping": d, "samples": n} for n in (
 
 
 def measure(quick: bool) -> list[Row]:
-    model, tokenizer = load_small_model()
+    model, tokenizer = load_model()
     documents = load_documents(SMALL_MODEL / "selection.jsonl")[: 1 if quick else None]
     dense, samples = perplexity(model, tokenizer, documents), 4 if quick else 128
     found: dict[str, list[float]] = {}
