@@ -49,11 +49,12 @@ def _criteria() -> list[Case]:
 def _choices() -> list[Case]:
     """The open choices of the method: orders, aggregation, fusion and search of SAAP's score."""
     options: dict[str, dict[str, Any]] = {
-        "aggregation last": {"aggregation": "last"},
+        "aggregation sum": {"aggregation": "sum"},
         "aggregation joint": {"aggregation": "joint"},
         "aggregation max": {"aggregation": "max"},
         "first-order vector": {"vector_order": "first"},
-        "second-order element": {"element_order": "second"},
+        "first-order element": {"element_order": "first"},
+        "first order of both": {"vector_order": "first", "element_order": "first"},
         "fusion mean": {"fusion": "mean"},
     }
     cases = [Case(name, "choices", partial(score, criterion="saap", **chosen)) for name, chosen in options.items()]
@@ -83,7 +84,6 @@ def _pipelines() -> list[Case]:
         Case("saap, least squares", "pipelines", saap, {}, "least_squares"),
         Case("saap, 4 steps", "pipelines", saap, {}, "none", 4),
         Case("saap, 4 steps, least squares", "pipelines", saap, {}, "least_squares", 4),
-        Case("saap, 8 steps, least squares", "pipelines", saap, {}, "least_squares", 8),
         Case(
             "mask gradient, least squares", "pipelines", partial(score, criterion="mask_gradient"), {}, "least_squares"
         ),

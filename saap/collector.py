@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import saap_kernels
 from saap.families import Family, Projection, family_of, layers_of, projections_by_linear, projections_of
 from saap.record import BatchRecord, LayerRecord, RecordedLinear, operands
-from saap.statistics import Statistics, merge_feature_moments
+from saap.statistics import COUPLED, Statistics, merge_feature_moments
 from saap.undo import Undo
 from saap.units import IN_PARTS, Units, module_of
 from saap.weight_norms import by_unit, line_norms
@@ -60,7 +60,7 @@ class Collector:
         self._features = {module: units.feature_offsets(module) for module in self.statistics.modules}
         if coupled:
             for module in self.statistics.modules.values():
-                module.coupled = torch.zeros(len(ELEMENT_WANT), *module.signed.shape, dtype=torch.float64)
+                module.coupled = torch.zeros(len(COUPLED), *module.signed.shape, dtype=torch.float64)
         self._matrices = {name: module.matrices for name, module in self.statistics.modules.items()}
         self._folded = [(0, 0)] * len(units.layers)  # sequences and tokens that each layer has seen
         self.batch: BatchRecord | None = None
@@ -175,14 +175,14 @@ class Collector:
             coupled = saap_kernels.coupled_salience(x, dy, weight, spans, **options) if self.coupled else None
             if inside:
                 shift = self._shift(batch, index, module, x.device)
-                vector, inputs = saap_kernels.activation_salience_statistics(
-                    x, dx, spans, unit_size=size, shift=shift, want=("sum", "square", "absmax", "abs")
+                lines, inputs = saap_kernels.activation_salience_statistics(
+                    x, dx, spans, shift=shift, want=("sum", "square", "absmax", "abs")
                 )
                 record.put_inputs(shift, inputs, batch.lengths(x.device), batch.tokens)
             else:
                 assert y is not None  # kept for every part whose rows belong to units
-                vector = saap_kernels.activation_salience(y, dy, spans, unit_size=size)
-        record.put(part, vector.double() * self.scale, element, coupled)
+                lines = saap_kernels.activation_salience(y, dy, spans)
+        record.put(part, lines.double() * self.scale, element, coupled)
 
     def _shift(self, batch: BatchRecord, index: int, module: str, device: torch.device) -> Tensor:
         """What is known of the mean of an input, fp32; all layers of a batch get theirs in one transfer."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saap import baselines
 from saap.scores import Scores, check_option
-from saap.statistics import ORDERS, ModuleStatistics, Statistics
+from saap.statistics import COUPLED, ORDERS, ModuleStatistics, Statistics
 from saap.units import MODULES
 
 AGGREGATIONS = ("joint", "sum", "prod", "max", "last")
@@ -39,8 +39,8 @@ def saap(
     stats: Statistics,
     *,
     vector_order: str = "second",
-    element_order: str = "first",
-    aggregation: str = "sum",
+    element_order: str = "second",
+    aggregation: str = "last",
     fusion: str = "uncertainty",
 ) -> Scores:
     """Vector-wise and element-wise importance fused by homoscedastic uncertainty (SAAP as reconstructed).
@@ -66,15 +66,16 @@ def saap(
 
 
 def vector(stats: Statistics, *, order: str = "first", aggregation: str = "sum", coupled: bool = False) -> Scores:
-    """Vector-wise Taylor importance: |a|, a^2 or |a - a^2/2| of the signed sum a per sequence (section 2a).
+    """Vector-wise Taylor importance: |a|, a^2 or |a - a^2/2| of every row's or column's signed sum a per sequence.
 
+    Summed over the unit's rows or columns; with ``aggregation`` "joint" a is of the whole unit (section 2a).
     ``coupled`` takes the absolute value after the mean over sequences, as LLM-Pruner's "vectorize" does, which
-    is of first order.
+    is of first order; it needs statistics collected with ``coupled=True``.
     """
     settings = {"criterion": "vector", "order": order, "aggregation": aggregation}
     if coupled:
         check_option("order", order, ("first",))
-        values = [stats.modules[name].signed.abs() for name in MODULES]
+        values = _coupled(stats, "vector")
         return Scores.of(stats.units, _reduced(values, aggregation), settings | {"coupled": True})
     return _scores(stats, (1.0, 0.0), (order, order), aggregation, settings)
 
@@ -88,10 +89,7 @@ def element(stats: Statistics, *, order: str = "first", aggregation: str = "sum"
     settings = {"criterion": "element", "order": order, "aggregation": aggregation}
     if coupled:
         check_option("order", order, ORDERS)
-        found = [stats.modules[name].coupled for name in MODULES]
-        if any(value is None for value in found):
-            raise ValueError("expected statistics with coupled salience, got none; collect them with coupled=True")
-        values = [value[ORDERS.index(order)] for value in found if value is not None]
+        values = _coupled(stats, order)
         return Scores.of(stats.units, _reduced(values, aggregation), settings | {"coupled": True})
     return _scores(stats, (0.0, 1.0), (order, order), aggregation, settings)
 
@@ -99,7 +97,7 @@ def element(stats: Statistics, *, order: str = "first", aggregation: str = "sum"
 def mask_gradient(stats: Statistics, *, order: str = "second") -> Scores:
     """Gradient of the unit's mask: squared ("second", its Fisher information), absolute ("first") or "mixed"."""
     settings = {"criterion": "mask_gradient", "order": order}
-    return _scores(stats, (1.0, 0.0), (order, order), "last", settings)
+    return _scores(stats, (1.0, 0.0), (order, order), "mask", settings)
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -125,7 +123,7 @@ def _scores(
     element = _importance(stats, "element", orders[1], aggregation)
     values = [alpha * v + beta * e for v, e in zip(vector, element, strict=True)]
     fluctuation = None
-    if aggregation in ("joint", "sum", "last"):
+    if aggregation in ("joint", "sum", "last", "mask"):
         index = ORDERS.index(orders[0]), ORDERS.index(orders[1])
         fluctuation = {
             name: _deviation(stats.modules[name], shares, index, aggregation) / (value + torch.finfo(value.dtype).tiny)
@@ -148,7 +146,7 @@ def _deviation(
 def _importance(stats: Statistics, kind: str, order: str, aggregation: str) -> list[Tensor]:
     """Mean over sequences of one importance, aggregated over the coupled matrices: [(U,)] per module."""
     check_option("order", order, ORDERS)
-    check_option("aggregation", aggregation, AGGREGATIONS)
+    check_option("aggregation", aggregation, AGGREGATIONS if aggregation != "mask" else ("mask",))
     found = []
     for name in MODULES:
         module = stats.modules[name]
@@ -158,6 +156,14 @@ def _importance(stats: Statistics, kind: str, order: str, aggregation: str) -> l
         else:
             found += _reduced([rows[: len(module.matrices)]], aggregation)
     return found
+
+
+def _coupled(stats: Statistics, kind: str) -> list[Tensor]:
+    """[(M, U)] per module of one kind of coupled salience."""
+    found = [stats.modules[name].coupled for name in MODULES]
+    if any(value is None for value in found):
+        raise ValueError("expected statistics with coupled salience, got none; collect them with coupled=True")
+    return [value[COUPLED.index(kind)] for value in found if value is not None]
 
 
 def _reduced(values: list[Tensor], aggregation: str) -> list[Tensor]:

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from saap.families import Projection
 from saap.host import CPU, on_host
 from saap.moments import Moments
-from saap.statistics import ORDERS
 
 MOMENT_BYTES = 64 << 20  # of one of the few temporaries that moments of many sequences and units need
 
@@ -48,7 +47,7 @@ class LayerRecord:
 
     ``sums``, float64 where the gradients are until ``BatchRecord.take`` brings them to the CPU: "finite" (S, M),
     1 or 0; "signed" (M, U), the mean of the signed sums; the fields of Moments of (3, P, U), P as in
-    ModuleStatistics; "coupled" (3, M, U) if measured; "input_mean", "input_m2", "input_activity" and "input_absmax"
+    ModuleStatistics; "coupled" (4, M, U) if measured; "input_mean", "input_m2", "input_activity" and "input_absmax"
     (C,) of the input of o or down over the tokens.
     """
 
@@ -56,18 +55,21 @@ class LayerRecord:
         self.matrices = matrices
         self.seen: set[str] = set()
         self.sums: dict[str, Tensor] = {}
-        self._parts: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
-        self._joined: tuple[Tensor, Tensor] | None = None  # of all parts, by sequence
+        self._parts: dict[str, tuple[Tensor, Tensor, Tensor, Tensor | None]] = {}
+        self._joined: tuple[Tensor, Tensor, Tensor] | None = None  # of all parts, by sequence
 
-    def put(self, part: str, vector: Tensor, element: Tensor, coupled: Tensor | None = None) -> None:
-        """Signed sums (S, U), element-wise sums (3, S, U) and the coupled ones (3, U) of a part."""
+    def put(self, part: str, lines: Tensor, element: Tensor, coupled: Tensor | None = None) -> None:
+        """Signed sums (S, L) of a part's rows or columns; element-wise (3, S, U) and coupled (3, U) sums by unit."""
         if part in self.seen:
             raise RuntimeError(f"a second backward pass reached {part}: run one backward per forward")
-        self._parts[part] = vector, element, coupled
+        by_unit = lines.double().unflatten(1, (element.shape[-1], -1))  # [S, U, lines of a unit]
+        if coupled is not None:
+            coupled = torch.cat([coupled.double(), by_unit.mean(0).abs().sum(-1)[None]])
+        self._parts[part] = by_unit.sum(2), vector_orders(by_unit).sum(3), element, coupled
         self.seen.add(part)
         if self.complete:
             self._join()
-            if vector.device != CPU:  # where memory is short: moments do not grow with the sequences
+            if lines.device != CPU:  # where memory is short: moments do not grow with the sequences
                 self.reduce()
 
     def put_inputs(self, shift: Tensor, sums: Tensor, lengths: Tensor, tokens: int) -> None:
@@ -89,35 +91,35 @@ class LayerRecord:
 
     def _join(self) -> None:
         parts = [self._parts.pop(name) for name in self.matrices]
-        vector = torch.stack([part[0].double() for part in parts], 1)  # [S, M, U]
-        element = torch.stack([part[1].double() for part in parts], 2)  # [3, S, M, U]
-        self.sums["finite"] = torch.isfinite(vector).all(-1) & torch.isfinite(element).all(-1).all(0)
-        self.sums["signed"] = vector.mean(0)
-        if parts[0][2] is not None:
-            self.sums["coupled"] = torch.stack([part[2].double() for part in parts if part[2] is not None], 1)
-        self._joined = vector, element
+        signed = torch.stack([part[0] for part in parts], 1)  # [S, M, U]
+        kinds = [part[1] for part in parts], [part[2] for part in parts]
+        vector, element = (torch.stack([each.double() for each in kind], 2) for kind in kinds)  # [3, S, M, U]
+        self.sums["finite"] = torch.isfinite(signed).all(-1) & torch.isfinite(element).all(-1).all(0)
+        self.sums["signed"] = signed.mean(0)
+        if parts[0][3] is not None:
+            self.sums["coupled"] = torch.stack([part[3] for part in parts if part[3] is not None], 1)
+        self._joined = signed, vector, element
 
     def reduce(self) -> None:
         """Moments in place of the sequences' sums, once all parts have reported."""
         if self._joined is None:
             return
-        vector, element = self._joined
-        units = max(1, MOMENT_BYTES // (vector[..., 0].numel() * 8 * len(ORDERS)))
-        pieces = zip(vector.split(units, -1), element.split(units, -1), strict=True)
+        units = max(1, MOMENT_BYTES // (self._joined[1][..., 0].numel() * 8))
+        pieces = zip(*(each.split(units, -1) for each in self._joined), strict=True)
         self.sums |= Moments.cat([_moments(*piece) for piece in pieces]).tensors()
         self._joined = None
 
     def moments(self, sequences: int) -> Moments:
-        """Moments of (3, P, U) with the aggregate rows "joint" and "sum" appended."""
+        """Moments of (3, P, U), rows as in ModuleStatistics."""
         return Moments(sequences, *(self.sums[name] for name in Moments.FIELDS))
 
 
-def _moments(vector: Tensor, element: Tensor) -> Moments:
-    per_matrix = vector_orders(vector)  # [3, S, M, U]
-    joint = vector_orders(vector.sum(1, keepdim=True))
-    orders = torch.cat([per_matrix, joint, per_matrix.sum(2, keepdim=True)], 2)
+def _moments(signed: Tensor, vector: Tensor, element: Tensor) -> Moments:
+    """Moments with the rows "joint", "sum" and "mask" behind those of the matrices."""
+    joint, mask = vector_orders(signed.sum(1, keepdim=True)), vector_orders(signed[:, -1:])  # [3, S, 1, U]
+    orders = torch.cat([vector, joint, vector.sum(2, keepdim=True), mask], 2)
     total = element.sum(2, keepdim=True)
-    return Moments.of(orders.movedim(1, 0), torch.cat([element, total, total], 2).movedim(1, 0))
+    return Moments.of(orders.movedim(1, 0), torch.cat([element, total, total, element[:, :, -1:]], 2).movedim(1, 0))
 
 
 def vector_orders(signed: Tensor) -> Tensor:

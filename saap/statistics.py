@@ -17,22 +17,26 @@ from saap.units import MODULES, Units
 
 STATISTICS_FORMAT = "saap-statistics-2"
 ORDERS = ("first", "second", "mixed")
-AGGREGATES = ("joint", "sum")  # rows behind the matrices: signed sum over the unit, sum over its matrices
+COUPLED = (*ORDERS, "vector")  # of the coupled form
+AGGREGATES = ("joint", "sum", "mask")  # rows behind the matrices: of the whole unit, summed over them, of its mask
 
 
 @dataclass
 class ModuleStatistics:
     """Statistics of all attention or all MLP units of a model, layers one after another.
 
-    With M coupled matrices, P = M + 2 rows (the matrices, then "joint" and "sum"), U units and
-    C input features of o or down:
+    With M coupled matrices, P = M + 3 rows, U units and C input features of o or down. The rows are the matrices,
+    where the vector-wise importance is that of each row or column, summed over the unit's; "joint", of
+    the signed sum over the whole unit; "sum" over the matrices; "mask", of the signed sum over the unit's part of the
+    last matrix, which is the gradient of a mask on the unit:
 
     - ``salience``: Moments of (3, P, U) over sequences: orders first, second, mixed of the vector-wise (IV) and
       element-wise (IE) importance, method section 2a; the cross moment of any two orders is (3, 3, P, U).
     - ``signed``: (M, U) mean over sequences of a[u, n], the signed first-order sum.
     - ``weight_l1``, ``weight_square``: (M, U) sum of |w| and of w^2 over the unit, biases included.
-    - ``coupled``: (3, M, U) sum over the unit of |mean_n s|, |mean_n s^2| and |mean_n s - mean_n s^2 / 2|, or
-      None. Exact for the sequences of one backward pass only, so it is neither accumulated nor merged.
+    - ``coupled``: (4, M, U) sum over the unit of |mean_n s|, |mean_n s^2| and |mean_n s - mean_n s^2 / 2|, and over its
+      rows or columns of |mean_n a|, or None. Exact for the sequences of one backward pass only, so it is
+      neither accumulated nor merged.
     - ``input_mean``, ``input_m2``, ``input_absmax``: (C,) of the input of o or down over tokens.
     - ``input_activity``: (C,) mean over sequences of the squared mean over tokens of |x|.
     - ``column_l1``, ``column_square``: (C,) sum of |w| and of w^2 over each column of o or down.
@@ -202,7 +206,7 @@ class Statistics:
                 saved = set(file.keys())
                 for name, module in statistics.modules.items():
                     if f"{name}.coupled" in saved:
-                        module.coupled = torch.zeros(len(ORDERS), *module.signed.shape, dtype=torch.float64)
+                        module.coupled = torch.zeros(len(COUPLED), *module.signed.shape, dtype=torch.float64)
                     for key, tensor in module.tensors().items():
                         stored = file.get_tensor(f"{name}.{key}")
                         if stored.shape != tensor.shape:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from saap.families import family_of, layers_of, linears_of, projections_of
+from saap.statistics import ORDERS
 from saap.units import MODULES, Units
 
 
@@ -20,9 +21,10 @@ def sequence_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def salience_per_sequence(model: PreTrainedModel, units: Units, sequences: list[Tensor]) -> dict:
-    """{(layer, module, part): {"signed", "first", "second", "mixed": (S, U)}}, float64.
+    """{(layer, module, part): {"signed", "first", "second", "mixed", "vector first", ...: (S, U)}}, float64.
 
-    Sums over each unit's weights and biases of s, |s|, s^2 and |s - s^2 / 2|, s = w * dloss_n / dw.
+    Sums over each unit's weights and biases of s, |s|, s^2 and |s - s^2 / 2|, s = w * dloss_n / dw; "vector ..." the
+    same of its rows' or columns' sums, which are themselves in "lines" (S, U, rows or columns).
     """
     family = family_of(model, units.family)
     results: dict = {}
@@ -47,13 +49,19 @@ def _add_layer(results: dict, units: Units, layer: int, module: str, projections
         linear, rows = projections[part].linear, projections[part].rows
         weight = (linear.weight * linear.weight.grad).detach()[rows]
         bias = None if linear.bias is None else (linear.bias * linear.bias.grad).detach()[rows]
-        sums: dict[str, list[Tensor]] = {"signed": [], "first": [], "second": [], "mixed": []}
+        names = ("signed", "lines", *ORDERS, *(f"vector {order}" for order in ORDERS))
+        sums: dict[str, list[Tensor]] = {name: [] for name in names}
         for unit in owned:
             axis, where = unit[part]
             index = torch.tensor(list(where))
-            s = weight.index_select(0 if axis == "out" else 1, index).flatten()
+            chosen = weight.index_select(0 if axis == "out" else 1, index)
+            s, lines = chosen.flatten(), chosen.sum(1 if axis == "out" else 0)
             if axis == "out" and bias is not None:
-                s = torch.cat([s, bias[index]])
+                s, lines = torch.cat([s, bias[index]]), lines + bias[index]
+            sums["vector first"].append(lines.abs().sum())
+            sums["vector second"].append(lines.square().sum())
+            sums["vector mixed"].append((lines - lines.square() / 2).abs().sum())
+            sums["lines"].append(lines)
             sums["signed"].append(s.sum())
             sums["first"].append(s.abs().sum())
             sums["second"].append(s.square().sum())

@@ -6,6 +6,7 @@ import torch
 from saap.criteria import score
 from saap.families import family_of, layers_of, linears_of
 from saap.units import MODULES, discover
+from tests.saap.oracle import salience_per_sequence
 from tests.saap.test_calibrate import measure, token_ids
 from tests.saap.tiny import tiny_model
 
@@ -60,11 +61,16 @@ def test_activation_baselines_equal_their_formulas(formula, family: str) -> None
 
 def test_coupled_vector_importance_is_the_absolute_mean_of_the_signed_sums() -> None:
     model, ids = tiny_model("llama"), token_ids(4)
-    statistics = measure(model, [ids])
-    got = score(statistics, "vector", coupled=True)
-    for module in MODULES:
-        single = torch.stack([measure(model, [row[None]]).modules[module].signed for row in ids])  # [S, M, U]
-        torch.testing.assert_close(getattr(got, module), single.mean(0).abs().sum(0), rtol=1e-8, atol=1e-14)
+    units = discover(model)
+    got = score(measure(model, [ids], coupled=True), "vector", coupled=True)
+    truth = salience_per_sequence(model, units, list(ids))
+    for layer in range(3):
+        for module in MODULES:
+            parts = [sums for (where, name, _), sums in truth.items() if (where, name) == (layer, module)]
+            expected = sum(sums["lines"].mean(0).abs().sum(-1) for sums in parts)
+            torch.testing.assert_close(got.layer(layer, module), expected, rtol=1e-8, atol=1e-14)
+    with pytest.raises(ValueError, match="collect them with coupled=True"):
+        score(measure(model, [ids]), "vector", coupled=True)
 
 
 def test_block_influence_empties_the_least_influential_layer_first() -> None:

@@ -51,7 +51,7 @@ def test_every_salience_equals_brute_force_autograd(family: str) -> None:
         module, offsets = got.modules[name], units.offsets(name)
         row, where = module.rows.index(part), slice(offsets[layer], offsets[layer + 1])
         a = sums["signed"]
-        vector = torch.stack([a.abs(), a.square(), (a - a.square() / 2).abs()], 1)  # [S, 3, U]
+        vector = torch.stack([sums[f"vector {order}"] for order in ORDERS], 1)  # [S, 3, U]
         element = torch.stack([sums[order] for order in ORDERS], 1)
         torch.testing.assert_close(module.signed[row, where], a.mean(0), **TIGHT)
         want = Moments.of(vector, element).tensors()
@@ -72,9 +72,10 @@ def test_aggregate_rows_are_the_joint_and_the_summed_importance(family: str) -> 
         parts = [expected[1, name, part] for part in module.matrices]
         start, stop = units.offsets(name)[1:3]
         joint = sum(p["signed"] for p in parts)
-        summed = sum(p["signed"].square() for p in parts)
-        element = sum(p["second"] for p in parts)
-        for row, want in (("joint", joint.square()), ("sum", summed)):
+        summed, mask = sum(p["vector second"] for p in parts), parts[-1]["signed"]
+        total, last = sum(p["second"] for p in parts), parts[-1]["second"]
+        rows = {"joint": (joint.square(), total), "sum": (summed, total), "mask": (mask.square(), last)}
+        for row, (want, element) in rows.items():
             index = module.rows.index(row)
             torch.testing.assert_close(module.salience.vector_mean[1, index, start:stop], want.mean(0), **TIGHT)
             torch.testing.assert_close(module.salience.vector_m2[1, index, start:stop], want.var(0) * 3, **TIGHT)

@@ -113,7 +113,7 @@ def test_uncertainty_fusion_divides_each_importance_by_twice_its_mean() -> None:
 def test_aggregations_combine_the_coupled_matrices(aggregation: str) -> None:
     statistics = measure(tiny_model("llama"), [token_ids()])
     module = statistics.modules["mlp"]
-    gate, up, down, joint, total = module.salience.element_mean[0]
+    gate, up, down, joint, total, _ = module.salience.element_mean[0]
     expected = {
         "joint": joint, "sum": gate + up + down, "last": down, "prod": gate * up * down,
         "max": torch.maximum(torch.maximum(gate, up), down),
