@@ -127,7 +127,7 @@ def test_aggregations_combine_the_coupled_matrices(aggregation: str) -> None:
 def test_fluctuation_is_the_deviation_over_sequences_by_the_mean(aggregation: str, fusion: str) -> None:
     model, ids = tiny_model("llama"), token_ids(5)
     statistics = measure(model, [ids])
-    options = {"aggregation": aggregation, "fusion": fusion}
+    options = {"aggregation": aggregation, "fusion": fusion, "vector_order": "second", "element_order": "first"}
     scores = score(statistics, "saap", **options)
     assert scores.fluctuation is not None
     # the same fused importance of every sequence by itself: with the scales of all sequences together
