@@ -85,6 +85,10 @@ class Job:
         self.recipe()
         check_compensate(self.compensate, self.data)
         check_baselines(self.baselines)
+        if self.steps > 1 and (self.data is None or self.plan_file is not None):
+            raise ValueError(
+                "--steps calibrates anew after every step: it needs --data, and a --ratio instead of a --plan"
+            )
         if self.baselines and (self.eval_text is None or self.plan_file is not None):
             raise ValueError("--baselines needs --eval, and a --ratio to prune them by instead of a --plan")
         for target in self.targets().values():
@@ -93,7 +97,8 @@ class Job:
             refuse_existing_file(self.save_statistics, self.force)
         if self.plan_file is not None:
             Plan.load(self.plan_file)
-        if self.compensate != "none" or (self.plan_file is None and self.statistics_file is None):
+        measured = self.plan_file is not None or self.statistics_file is not None
+        if self.compensate != "none" or self.steps > 1 or not measured:
             load_documents(self.data)
         if self.eval_text is not None:
             load_documents(self.eval_text)

@@ -1,0 +1,83 @@
+"""The command line's search options: resources, latency tables, empty modules, steps and compensation."""
+
+import json
+
+import pytest
+
+import saap
+from saap.latency import device_name
+from tests.saap.test_cli import CALIBRATION, prune, run, workplace  # noqa: F401  the fixture
+from tests.saap.test_resources import make_table
+
+
+@pytest.fixture(scope="module")
+def statistics(workplace, tmp_path_factory):  # noqa: F811
+    file = tmp_path_factory.mktemp("statistics") / "s.safetensors"
+    run("calibrate", workplace / "dense", "--data", workplace / "text.txt", *CALIBRATION, "--out", file)
+    return file
+
+
+def plan(statistics, out, *options, code: int = 0):
+    return run("plan", statistics, "--ratio", 0.2, "--multiple", 8, "--out", out, *options, code=code)
+
+
+@pytest.mark.parametrize(
+    ("options", "resource"),
+    [
+        (("--resource", "macs", "--context", 100), saap.resources.Macs(100)),
+        (("--resource", "bytes", "--context", 100), saap.resources.Bytes(context=100)),
+        (("--method", "standardised"), saap.resources.Parameters()),
+        (("--method", "fluctuation", "--fluctuation-weight", -0.5), saap.resources.Parameters()),
+        (("--allow-empty",), saap.resources.Parameters()),
+    ],
+)
+def test_plans_by_every_option_save_what_was_asked(statistics, tmp_path, options: tuple, resource) -> None:
+    plan(statistics, tmp_path / "plan.json", *options)
+    made = saap.Plan.load(tmp_path / "plan.json")
+    again = saap.search(
+        saap.score(saap.Statistics.load(statistics)), 0.2, resource=resource, multiple=8,
+        method=options[1] if "--method" in options else "global", fluctuation_weight=-0.5,
+        allow_empty="--allow-empty" in options,
+    )  # fmt: skip
+    assert made.layers == again.layers
+
+
+def test_a_latency_table_is_of_this_machine_unless_said_otherwise(statistics, tmp_path) -> None:
+    units = saap.Statistics.load(statistics).units
+    for name, device in (("mine", device_name()), ("other", "another device")):
+        make_table(units, device=device).save(tmp_path / f"{name}.json")
+    options = ("--resource", "latency", "--latency-table")
+    plan(statistics, tmp_path / "a.json", *options, tmp_path / "mine.json")
+    assert json.loads((tmp_path / "a.json").read_text())["settings"]["resource"] == "latency"
+    refused = plan(statistics, tmp_path / "b.json", *options, tmp_path / "other.json", code=2)
+    assert "measured on 'another device', expected" in refused.stderr.replace("\n", " ")
+    plan(statistics, tmp_path / "b.json", *options, tmp_path / "other.json", "--latency-device", "another device")
+    plan(statistics, tmp_path / "c.json", *options, tmp_path / "other.json", "--latency-device", "any")
+
+
+def test_steps_and_compensation_prune_to_the_ratio(workplace, tmp_path) -> None:  # noqa: F811
+    prune(workplace, "--ratio", 0.3, "--steps", 2, "--compensate", "least_squares", "--out", tmp_path / "out")
+    made = saap.Plan.load(tmp_path / "out/saap_plan.json")
+    assert made.ratio >= 0.3 and made.settings["steps"] == 2 and made.settings["compensate"] == "least_squares"
+    saap.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--resource", "latency"), "--resource latency and --latency-table go together"),
+        (("--latency-table", "x.json"), "--resource latency and --latency-table go together"),
+        (("--context", 5), "--context is for --resource macs or bytes; got parameters"),
+        (("--method", "fluctuation", "--criterion", "magnitude"), "needs a criterion with an importance per sequence"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(statistics, tmp_path, options: tuple, message: str) -> None:
+    result = plan(statistics, tmp_path / "plan.json", *options, code=2)
+    assert message in result.stderr.replace("\n", " ") and not (tmp_path / "plan.json").exists()
+
+
+def test_steps_are_refused_without_text_before_the_model_is_loaded(statistics, tmp_path) -> None:
+    given = ("prune", tmp_path / "no model", "--ratio", 0.2, "--out", tmp_path / "out", "--statistics", statistics)
+    result = run(*given, "--steps", 2, code=2)
+    assert "--steps calibrates anew after every step: it needs --data" in result.stderr.replace("\n", " ")
+    assert "steps must be a positive integer; got 0" in run(*given, "--steps", 0, code=2).stderr
