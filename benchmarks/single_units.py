@@ -54,9 +54,14 @@ def loss_increases(
 
 
 def spearman(left: Tensor, right: Tensor) -> float:
-    """Spearman's rank correlation of two (n,) tensors; ties are ranked in order of appearance."""
-    ranks = torch.stack([values.argsort(stable=True).argsort(stable=True).double() for values in (left, right)])
-    return float(torch.corrcoef(ranks)[0, 1])
+    """Spearman's rank correlation of two (n,) tensors, ties sharing their mean rank; 0 where one is constant."""
+    ranks = torch.stack([_ranks(values) for values in (left, right)])
+    return float(torch.corrcoef(ranks)[0, 1].nan_to_num(0.0))
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2).double()[place]
 
 
 def spread(left: Tensor, right: Tensor, samples: int = 1000) -> float:
