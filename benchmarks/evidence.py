@@ -80,17 +80,16 @@ def rho_table(found: dict) -> str:
 
 def sections(cells: Sequence[Cell], rhos: Sequence[dict]) -> str:
     parts = []
-    for model in dict.fromkeys(cell.model for cell in cells):
-        mine = [cell for cell in cells if cell.model == model]
+    for model, which in dict.fromkeys((cell.model, cell.text) for cell in cells):
+        mine = [cell for cell in cells if (cell.model, cell.text) == (model, which)]
         cases, groups = by_case(mine), {cell.case: cell.group for cell in mine}
         seeds = len({cell.seed for cell in mine})
-        parts.append(
-            f"## {model}: {mine[0].text} text, dense perplexity {mine[0].dense:.2f}, {seeds} calibration seeds"
-        )
+        parts.append(f"## {model}: {which} text, dense perplexity {mine[0].dense:.2f}, {seeds} calibration seeds")
         for group, title in TITLES.items():
             chosen = {name: ratios for name, ratios in cases.items() if groups[name] == group or name == DEFAULT}
             parts.append(table(title, chosen, cases[DEFAULT]))
-        parts.append(targets(cases, groups))
+        if {BEST, *PUBLISHED} <= set(cases):
+            parts.append(targets(cases, groups))
         parts += [rho_table(found) for found in rhos if found["model"] == model]
     return "\n\n".join(parts)
 

@@ -2,7 +2,8 @@
 
 One decoder layer of the model's configuration, random weights, is cut to a list of KV head counts and MLP widths;
 each size's forward pass is timed, sizes alternating, median. What a layer takes beside its attention and
-MLP (norms, residuals) is shared out between both at their smallest sizes; searches use differences only.
+MLP (norms, residuals) is shared out between both at their smallest sizes. Searches use differences, in which it
+cancels unless whole modules go.
 """
 
 import argparse
@@ -85,7 +86,12 @@ def rest_call(model: PreTrainedModel, tokens: int) -> Callable[[int], Any]:
 def measure_table(
     config: Any, *, dtype: torch.dtype, device: str, tokens: int, context: int, multiple: int, repeats: int
 ) -> LatencyTable:
-    """Time every size and put the table together."""
+    """Time every size and put the table together; ValueError for more tokens than a sliding window holds."""
+    window = getattr(config, "sliding_window", None)
+    if window and context + tokens >= window:
+        raise ValueError(
+            f"context and tokens must stay below the sliding window of {window}; got {context} and {tokens}"
+        )
     dense = one_layer_model(config, dtype, device)
     units = discover(dense)
     layer = units.layers[0]

@@ -11,6 +11,7 @@ from saap.compensate import Compensation, compensation
 from saap.criteria import CRITERIA, score
 from saap.evaluate import Evaluation, evaluate
 from saap.families import Family, known_families, register_family
+from saap.latency import LatencyTable
 from saap.layout import register_template_classes
 from saap.plan import LayerPlan, Plan
 from saap.prune import PruneResult, prune
@@ -29,6 +30,7 @@ __all__ = [
     "Compensation",
     "Evaluation",
     "Family",
+    "LatencyTable",
     "LayerPlan",
     "Plan",
     "PruneResult",

@@ -106,4 +106,4 @@ def _by_unit(stats: Statistics, name: str, features: Tensor, *, mean: bool) -> T
             continue
         rows = features[bounds[index] : bounds[index + 1]].view(layer.count(name), -1)  # [U_l, features per unit]
         parts.append(rows.mean(1) if mean else rows.sum(1))
-    return torch.cat(parts)
+    return torch.cat([features.new_zeros(0), *parts])

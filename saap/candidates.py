@@ -100,7 +100,9 @@ def in_order_of_density(candidates: dict[Key, Candidates], target: float) -> dic
     return removed | {last: min(removed[last], int(enough.int().argmax()))}
 
 
-def same_everywhere(candidates: dict[Key, Candidates], target: float, *, cheapest: bool) -> dict[Key, int]:
+def same_everywhere(
+    candidates: dict[Key, Candidates], target: float, whole: float, *, cheapest: bool
+) -> dict[Key, int]:
     """Remove the same number of candidates per module from every layer.
 
     ``cheapest`` tries every number of KV heads and keeps the one of lowest total score; otherwise
@@ -123,7 +125,11 @@ def same_everywhere(candidates: dict[Key, Candidates], target: float, *, cheapes
         if best is None or loss < best[0]:
             best = (loss, removed_heads, removed_steps)
     if best is None:
-        raise ValueError("the ratio cannot be reached with the same sizes in every layer; use uniform=False")
+        largest = float(heads_saved[-1] + steps_saved[-1]) / whole
+        raise ValueError(
+            f"cannot remove {target / whole:.4f} by taking the same from every layer: the largest reachable ratio so "
+            f"is {int(largest * 1e4) / 1e4:.4f}; other methods than uniform reach more"
+        )
     return {(layer, module): best[1] if module == "attention" else best[2] for layer, module in candidates}
 
 

@@ -36,7 +36,11 @@ def model_card(model: PreTrainedModel, units: Units, plan: Plan | None, version:
     """Markdown with sizes, how the model was made, and the lines that load it."""
     removed = ""
     if plan is not None:
-        settings = ", ".join(f"{key} {value}" for key, value in plan.settings.items() if value not in (None, [], False))
+        settings = ", ".join(
+            f"{key} {value}"
+            for key, value in plan.settings.items()
+            if value is not None and value is not False and value != []
+        )
         removed = (
             f"| removed | {plan.ratio:.2%} of all parameters, {plan.block_ratio:.2%} of the blocks' |\n"
             f"| made with | {settings} |\n"

@@ -25,13 +25,12 @@ def score(stats: Statistics, criterion: str | Criterion = "saap", **options: Any
     """
     if stats.sequences < 1:
         raise ValueError("expected statistics of at least one sequence, got none")
+    check_criterion(criterion)
     if callable(criterion):
         scores = criterion(stats, **options)
         if not isinstance(scores, Scores):
             raise ValueError(f"expected the criterion to return Scores, got {type(scores).__name__}")
         return scores
-    if criterion not in CRITERIA:
-        raise ValueError(f"unknown criterion {criterion!r}; known: {', '.join(CRITERIA)}")
     return CRITERIA[criterion](stats, **options)
 
 
@@ -46,7 +45,7 @@ def saap(
     """Vector-wise and element-wise importance fused by homoscedastic uncertainty (SAAP as reconstructed).
 
     I = IV / (2 s1^2) + IE / (2 s2^2) with s1, s2 fitted in closed form, s_m^2 = mean of I_m over all
-    units: each importance is divided by twice its own mean. ``fusion`` "mean" adds them unscaled.
+    units: each importance is divided by twice its own mean. ``fusion`` "mean" takes half of each.
     Source: method section 2b, after arXiv 2412.15127.
     """
     check_option("fusion", fusion, FUSIONS)
@@ -112,6 +111,21 @@ CRITERIA: dict[str, Criterion] = {
     "magnitude": baselines.magnitude,
     "random": baselines.random,
 }
+
+
+PER_SEQUENCE = ("saap", "vector", "element", "mask_gradient")  # their importances fluctuate over sequences
+
+
+def check_criterion(criterion: str | Criterion, method: str = "global") -> None:
+    """Raise ValueError for a name that is no criterion, or whose scores the search method cannot rank."""
+    if callable(criterion):
+        return
+    if criterion not in CRITERIA:
+        raise ValueError(f"unknown criterion {criterion!r}; known: {', '.join(CRITERIA)}")
+    if method == "fluctuation" and criterion not in PER_SEQUENCE:
+        raise ValueError(
+            f"method 'fluctuation' needs a criterion with an importance per sequence, {criterion} has none"
+        )
 
 
 def _scores(

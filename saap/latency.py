@@ -74,6 +74,8 @@ class LatencyTable:
         """Raise ValueError unless the table was measured with the shapes of this model."""
         for layer in units.layers:
             for name in ("hidden_size", "head_dim", "group", "gated"):
+                if name == "group" and not layer.kv_heads:
+                    continue  # of an attention that is gone
                 if getattr(layer, name) != getattr(self, name):
                     raise ValueError(
                         f"this latency table was measured with {name} {getattr(self, name)}; "

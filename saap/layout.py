@@ -115,8 +115,8 @@ def adopt(model: PreTrainedModel, family: Family, config: PreTrainedConfig) -> N
     for layer, sizes in zip(layers_of(model, family), _sizes(config, family), strict=True):
         attention = layer.get_submodule(family.attention)
         modeling_saap.set_head_counts(attention, *sizes)
-        if sizes[0] == 0 and not type(attention).__name__.startswith("No"):
-            modeling_saap.skip_attention(attention, family.o.removeprefix(f"{family.attention}."))
+        if sizes[0] == 0:
+            attention.forward = modeling_saap.NoAttention(attention, family.o.removeprefix(f"{family.attention}."))
 
 
 def _build(kind: type[PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:

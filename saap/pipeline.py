@@ -12,10 +12,10 @@ from saap.calibrate import calibrate
 from saap.checkpoint import refuse_existing, save
 from saap.compact import PLAN_ATTRIBUTE, compact
 from saap.compensate import check_compensate, compensation
-from saap.criteria import CRITERIA
+from saap.criteria import check_criterion
 from saap.data import check_tokenizer, load_documents
 from saap.evaluate import Evaluation, evaluate
-from saap.evaluate_baselines import check_baselines, evaluate_baselines
+from saap.evaluate_baselines import evaluate_baselines
 from saap.plan import Plan
 from saap.report import REPORT_FILE, report_into, shown_name
 from saap.results import Result
@@ -80,17 +80,23 @@ class Job:
 
     def check_files(self) -> None:
         """Everything that can be refused without loading the model."""
-        if self.criterion not in CRITERIA:
-            raise ValueError(f"unknown criterion {self.criterion!r}; known: {', '.join(CRITERIA)}")
+        method = self.search_options.get("method", "global")
+        for criterion in (self.criterion, *self.baselines):
+            check_criterion(criterion, method)
         self.recipe()
         check_compensate(self.compensate, self.data)
-        check_baselines(self.baselines)
+        if self.plan_file is not None and (self.statistics_file or self.save_statistics):
+            raise ValueError("a --plan needs no statistics: give it without --statistics and --save-statistics")
+        if self.statistics_file is not None and self.save_statistics is not None:
+            raise ValueError("--save-statistics keeps what is measured; with --statistics nothing is")
         if self.steps > 1 and (self.data is None or self.plan_file is not None):
             raise ValueError(
                 "--steps calibrates anew after every step: it needs --data, and a --ratio instead of a --plan"
             )
         if self.baselines and (self.eval_text is None or self.plan_file is not None):
             raise ValueError("--baselines needs --eval, and a --ratio to prune them by instead of a --plan")
+        if len(set(self.targets().values())) < len(self.targets()):
+            raise ValueError(f"ratios of a sweep must differ in four decimals; got {', '.join(map(str, self.ratios))}")
         for target in self.targets().values():
             refuse_existing(target, self.force)
         if self.save_statistics is not None:
@@ -122,7 +128,7 @@ class Job:
             last = key == list(self.targets())[-1] and dense is None
             mine = Stopwatch(watch.seconds)  # what the ratios share, then this one's stages
             pruned, scores = self._prune(model, tokenizer, key, statistics, mine, copy=not last)
-            result = Result(target, getattr(pruned, PLAN_ATTRIBUTE), None)
+            result = Result(target, getattr(pruned, PLAN_ATTRIBUTE), pruned.num_parameters(), None)
             if self.eval_text is not None:
                 with console.progress(f"evaluating {target.name}", "windows") as bar, mine("evaluate"):
                     evaluation = evaluate(pruned, tokenizer, self.eval_text, against=dense, progress=bar)
@@ -131,7 +137,7 @@ class Job:
             if key is not None and statistics is not None and self.baselines:
                 with console.progress("evaluating baselines", "windows") as bar, mine("baselines"):
                     baselines = evaluate_baselines(
-                        self.baselines, model, tokenizer, self.eval_text, statistics, key, self.search_options, bar
+                        self.baselines, model, tokenizer, self.eval_text, self.data, statistics, key, self.recipe(), bar
                     )
                 result = replace(result, baselines=baselines)
             also = partial(self._report, name, result, pruned, statistics, scores, mine) if self.report else None
@@ -155,6 +161,12 @@ class Job:
         if failure is not None:
             console.screen.print(f"the model is saved without its report: {failure}", markup=False, soft_wrap=True)
 
+    def _unit(self) -> str:
+        """What the progress of ``_prune`` counts."""
+        if self.steps > 1:
+            return "thousandths of a stage"
+        return "sequences x blocks" if self.compensate != "none" else progress_unit(self.calibration.get("stream"))
+
     def _statistics(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, watch: Stopwatch
     ) -> Statistics | None:
@@ -177,7 +189,7 @@ class Job:
         statistics: Statistics | None, watch: Stopwatch, *, copy: bool,
     ) -> tuple[PreTrainedModel, Scores | None]:  # fmt: skip
         """The model pruned by one ratio, or by the plan file (None), and the scores that it went by."""
-        with console.progress("pruning", "steps") as bar:
+        with console.progress("pruning", self._unit()) as bar:
             if ratio is not None:
                 done = prune_in_steps(
                     model, tokenizer, self.data, ratio, self.recipe(),

@@ -138,8 +138,8 @@ class Plan:
                 total_parameters=body["parameters"]["dense"],
                 block_parameters=body["parameters"]["blocks_dense"],
                 fingerprint=body["fingerprint"],
-                head_parameters=body["parameters"]["head"],
-                anchors=tuple(body["anchors"]),
+                head_parameters=body["parameters"].get("head", 0),
+                anchors=tuple(body.get("anchors", (0,))),
             )
             layers = tuple(
                 LayerPlan(
@@ -208,7 +208,9 @@ def _check_kept(kept: tuple[int, ...], count: int, name: str, empty: bool) -> No
     if kept and (kept[0] < 0 or kept[-1] >= count):
         raise ValueError(f"{name} must lie in 0 to {count - 1}; got {kept[0]} to {kept[-1]}")
     if count and not kept and not empty:
-        raise ValueError(f"{name}: expected at least one unit to be kept, got none")
+        raise ValueError(
+            f'{name}: expected at least one unit to be kept, got none; settings may say "allow_empty": true'
+        )
 
 
 def _sizes_to_json(sizes: LayerUnits) -> dict[str, Any]:

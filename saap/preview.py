@@ -9,7 +9,7 @@ from saap import console
 from saap.memory import available_bytes, weight_bytes
 from saap.micro_batches import fit_micro_batches
 from saap.pipeline import Job
-from saap.resources import named_resource
+from saap.resources import Resource, named_resource
 from saap.search import check_ratio
 from saap.stream import Streaming, streamed_bytes
 from saap.units import Units, discover
@@ -41,15 +41,20 @@ def preview(job: Job, model: PreTrainedModel) -> dict[str, Any]:
         "checkpointing": fit.recompute,
         "activation_bytes": fit.activation_bytes,
         "available_bytes": available_bytes(device),
+        "resource": _resource(job).unit,
         "would_remove": {f"{r:g}": _share(job, units, r) for r in job.ratios},
         "outputs": [str(path) for path in job.targets().values()],
     }
 
 
-def _share(job: Job, units: Units, ratio: float) -> int:
+def _share(job: Job, units: Units, ratio: float) -> float:
     """What a ratio would remove at least, in the resource that it is of."""
-    resource = named_resource(job.search_options.get("resource", "parameters"))
-    return int(ratio * resource.whole(units, job.search_options["ratio_of"]))
+    amount = ratio * _resource(job).whole(units, job.search_options["ratio_of"])
+    return amount if _resource(job).unit == "latency" else int(amount)
+
+
+def _resource(job: Job) -> Resource:
+    return named_resource(job.search_options.get("resource", "parameters"))
 
 
 def report_dry_run(preview: dict[str, Any], as_json: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap.compensate import check_compensate
-from saap.criteria import Criterion
+from saap.criteria import Criterion, check_criterion
 from saap.data import pack_for
 from saap.evaluate import Evaluation, evaluate
 from saap.micro_batches import Progress
@@ -85,6 +85,7 @@ def prune(
         compensate, steps,
     )  # fmt: skip
     check_compensate(compensate, data)
+    check_criterion(criterion, method)
     check_ratio(units, ratio, **recipe.search)
     if steps > 1 and data is None:
         raise ValueError(f"steps={steps} calibrates again after every step: expected data, got none")
@@ -92,6 +93,8 @@ def prune(
         statistics.check_model(units)
     if isinstance(data, Iterator):
         data = list(data)  # read more than once
+    if isinstance(eval_text, Iterator):
+        eval_text = list(eval_text)
     watch, evaluation = Stopwatch(), None
     if eval_text is not None:
         if statistics is None:

@@ -91,7 +91,7 @@ def describe_pruning(
         title=f"{name}, pruned",
         summary=_summary(plan),
         names=("dense", "pruned"),
-        facts=_facts(plan, pruned.dtype, evaluation),
+        facts=_facts(plan, pruned, evaluation),
         widths=[
             Widths("KV heads", [old.kv_heads for old in before], [len(new.kv_heads) for new in after]),
             Widths("MLP channels", [old.intermediate_size for old in before], [len(new.channels) for new in after]),
@@ -134,18 +134,18 @@ def _summary(plan: Plan) -> str:
     asked = ""
     ratio = plan.settings.get("ratio")
     if isinstance(ratio, (int, float)):
-        whole = "all" if plan.settings.get("ratio_of") == "model" else "the decoder layers'"
-        asked = f"Asked: {ratio:.2%} of {whole} parameters. "
+        whole = "the model's" if plan.settings.get("ratio_of") == "model" else "the decoder layers'"
+        asked = f"Asked: {ratio:.2%} of {whole} {plan.settings.get('resource', 'parameters')}. "
     reached = f"Removed: {plan.ratio:.2%} of all parameters, {plan.block_ratio:.2%} of the decoder layers'."
     return f"{asked}{reached} Family {plan.units.family}, {len(plan.layers)} layers."
 
 
-def _facts(plan: Plan, dtype: torch.dtype, evaluation: Evaluation | None) -> list[Fact]:
+def _facts(plan: Plan, pruned: PreTrainedModel, evaluation: Evaluation | None) -> list[Fact]:
     """Sizes, measured where there is an evaluation and counted from the plan otherwise; then what was measured."""
     if evaluation is None or evaluation.against is None:
-        sizes = plan.units.layers
+        sizes, dtype = plan.units.layers, pruned.dtype
         cache = [2 * layer.head_dim * dtype.itemsize for layer in sizes]  # bytes per KV head and token
-        dense, kept = plan.units.total_parameters, plan.units.total_parameters - plan.removed_parameters
+        dense, kept = plan.units.total_parameters, pruned.num_parameters()
         caches = (
             sum(size * layer.kv_heads for size, layer in zip(cache, sizes, strict=True)),
             sum(size * len(layer.kv_heads) for size, layer in zip(cache, plan.layers, strict=True)),

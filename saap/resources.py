@@ -9,8 +9,6 @@ from torch import Tensor
 from saap.latency import LatencyTable
 from saap.units import MODULES, LayerUnits, Units
 
-RESOURCES = ("parameters", "macs", "bytes", "latency")
-
 
 @dataclass(frozen=True)
 class Resource:
@@ -61,6 +59,9 @@ class Macs(Resource):
     context: int = 0
     unit: ClassVar[str] = "macs"
 
+    def __post_init__(self) -> None:
+        _check(context=self.context)
+
     def module(self, sizes: LayerUnits, module: str, kept: Tensor) -> Tensor:
         products = 2 * sizes.group * sizes.head_dim * self.context if module == "attention" else 0
         return kept * float(sizes.unit_weights(module) + products)
@@ -77,6 +78,11 @@ class Bytes(Resource):
     context: int = 0
     batch: int = 1
     unit: ClassVar[str] = "bytes"
+
+    def __post_init__(self) -> None:
+        _check(context=self.context, batch=self.batch, bytes_per_value=self.bytes_per_value)
+        if not self.bytes_per_value:
+            raise ValueError("bytes_per_value must be positive; got 0")
 
     def module(self, sizes: LayerUnits, module: str, kept: Tensor) -> Tensor:
         cached = 2 * sizes.head_dim * self.context * self.batch if module == "attention" else 0
@@ -105,6 +111,12 @@ class Latency(Resource):
     def settings(self) -> dict[str, Any]:
         table = self.table
         return {"resource": self.unit, "device": table.device, "tokens": table.tokens, "context": table.context}
+
+
+def _check(**values: float) -> None:
+    for name, value in values.items():
+        if value < 0:
+            raise ValueError(f"{name} must not be negative; got {value}")
 
 
 def named_resource(resource: "str | Resource") -> Resource:

@@ -22,10 +22,14 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Result:
-    """One pruned model on disk; ``baselines`` are what other criteria would have made of it."""
+    """One pruned model on disk.
+
+    ``parameters`` counts biases that compensation added too; ``baselines`` are what other criteria would have made.
+    """
 
     out: Path
     plan: Plan
+    parameters: int
     evaluation: Evaluation | None
     baselines: list[tuple[str, Evaluation]] = field(default_factory=list)
     report: Path | None = None
@@ -38,6 +42,7 @@ def report(results: list[Result], as_json: bool) -> None:
             {
                 "out": str(r.out),
                 **describe_plan(r.plan),
+                "parameters": r.parameters,
                 "evaluation": r.evaluation and r.evaluation.to_dict(),
                 "baselines": {name: found.to_dict() for name, found in r.baselines},
                 "report": r.report and str(r.report),
@@ -56,7 +61,8 @@ def report(results: list[Result], as_json: bool) -> None:
             rows += [console.evaluation_row(name, e) for name, e in shown if e is not None]
         console.print_table(f"windows of {first.seq_len} tokens", console.EVALUATION_HEADER, rows)
     for r in results:
-        kept = r.plan.units.total_parameters - r.plan.removed_parameters
-        print(f"{r.out}: {kept:,} parameters, {r.plan.ratio:.2%} removed ({r.plan.block_ratio:.2%} of the blocks)")
+        print(
+            f"{r.out}: {r.parameters:,} parameters, {r.plan.ratio:.2%} removed ({r.plan.block_ratio:.2%} of the blocks)"
+        )
         if r.report is not None:
             print(f"  what happened to it: {r.report}")

@@ -54,6 +54,9 @@ def search(
     modules = _check_options(method, multiple, ratio_of, modules)
     if uniform and protected:
         raise ValueError("uniform=True gives every layer the same sizes, so no layer can be protected; got protect")
+    sizes = {(layer.kv_heads, layer.intermediate_size) for layer in units.layers}
+    if uniform and len(sizes) > 1:
+        raise ValueError(f"uniform=True needs a model whose layers have one size; got {len(sizes)} different ones")
     resource = named_resource(resource)
     resource.check(units)
     whole = resource.whole(units, ratio_of)
@@ -76,7 +79,7 @@ def search(
     }
     _check_reachable(candidates.values(), target, whole, f"{ratio_of} {resource.unit}")
     if method == "uniform" or uniform:
-        removed = same_everywhere(candidates, target, cheapest=method != "uniform")
+        removed = same_everywhere(candidates, target, whole, cheapest=method != "uniform")
     else:
         removed = in_order_of_density(candidates, target)
     settings: dict[str, Any] = scores.settings | {
@@ -120,7 +123,7 @@ def _target(whole: float, ratio: float | None, budget: float | None, resource: R
     if budget is not None:
         if not 0 < budget < whole:
             raise ValueError(
-                f"budget must lie between 0 and the {ratio_of}'s {whole:.12g} {resource.unit}; got {budget}"
+                f"budget must lie between 0 and the {whole:.12g} {resource.unit} of the {ratio_of}; got {budget}"
             )
         return (whole - budget) * (1 - 1e-12)
     assert ratio is not None

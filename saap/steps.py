@@ -1,6 +1,5 @@
 """Pruning in one or several steps: calibrate, score, search, compensate, compact, and again on what is left."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -62,35 +61,42 @@ def prune_in_steps(
 ) -> Stepped:
     """Remove ``ratio`` in equal steps, in place or from a ``copy``; every step after the first calibrates anew.
 
-    After step s of n the model has 1 - ratio * s / n of the dense one's resource left. ``statistics``, if
+    After step s of n the model has at most 1 - ratio * s / n of the dense one's resource left; a step for which
+    the steps before removed enough is left out. ``statistics``, if
     given, serve the first step. ``progress(done, total)`` counts a stage's own work where there is only one,
     otherwise thousandths of all calibrations and compensations. What the arguments must be is up to the
     functions they go to, whose errors come through before the model is changed for the first time.
     """
     units, watch = discover(model), watch or Stopwatch()
-    counted = _shares(progress, recipe, statistics is not None)
+    stages = Stages(progress, recipe, given=statistics is not None)
     done: Stepped | None = None
     for step in range(1, recipe.steps + 1):
+        share = _share(units, ratio, step, recipe)
+        if done is not None and _reached(done.model, share, recipe):
+            continue  # an earlier step had to remove more than its share
         if statistics is None:
             with watch("calibrate"):
-                statistics = calibrate(model, tokenizer, data, **recipe.calibration, progress=next(counted))
+                counted = stages.of(step, "calibrate")
+                statistics = calibrate(model, tokenizer, data, **recipe.calibration, progress=counted)
         statistics.check_model(discover(model))
         with watch("score"):
             scores = score(statistics, recipe.criterion)
         with watch("search"):
-            plan = search(scores, **_share(units, ratio, step, recipe), **recipe.search)
+            plan = search(scores, **share, **recipe.search)
         found = None
         if recipe.compensate != "none":
             options = {name: value for name, value in recipe.calibration.items() if name in COMPENSATION_OPTIONS}
             with watch("compensate"):
+                counted = stages.of(step, "compensate")
                 found = compensation(
-                    model, plan, tokenizer, data, method=recipe.compensate, **options, progress=next(counted)
+                    model, plan, tokenizer, data, method=recipe.compensate, **options, progress=counted
                 )
         with watch("compact"):
             model = compact(model, plan, found, copy=copy and step == 1)
         plan = getattr(model, PLAN_ATTRIBUTE)  # with the settings of its compensation
         done = Stepped(model, plan, statistics, scores) if done is None else _followed(done, plan)
         statistics = None
+    stages.end()
     assert done is not None  # there is a step at least
     if recipe.steps > 1:
         settings = done.plan.settings | {"ratio": ratio, "budget": None, "steps": recipe.steps}
@@ -112,15 +118,32 @@ def _share(units: Units, ratio: float, step: int, recipe: Recipe) -> dict[str, A
     return {"budget": whole * (1 - ratio * step / recipe.steps)}
 
 
-def _shares(progress: Progress | None, recipe: Recipe, measured: bool) -> Iterator[Progress | None]:
-    """The progress of each stage in turn, as its share of that of all stages."""
-    stages = recipe.steps * (2 if recipe.compensate != "none" else 1) - measured
-    for stage in range(stages):
-        if progress is None or stages == 1:
-            yield progress
-        else:
-            yield partial(_report, progress, stage, stages)
+def _reached(model: PreTrainedModel, share: dict[str, Any], recipe: Recipe) -> bool:
+    """Whether the model already takes no more than a step may leave."""
+    resource = named_resource(recipe.search.get("resource", "parameters"))
+    left = resource.whole(discover(model), recipe.search.get("ratio_of", "model"))
+    return left <= share["budget"] * (1 + 1e-12)
 
 
-def _report(progress: Progress, stage: int, stages: int, done: int, total: int) -> None:
-    progress(int(1000 * (stage + done / total)), 1000 * stages)
+class Stages:
+    """The progress of each stage of each step as its share of that of all; the stage's own if there is only one."""
+
+    def __init__(self, progress: Progress | None, recipe: Recipe, *, given: bool) -> None:
+        self.progress = progress
+        kinds = ("calibrate", "compensate") if recipe.compensate != "none" else ("calibrate",)
+        every = [(step, kind) for step in range(1, recipe.steps + 1) for kind in kinds]
+        self.stages = every[1:] if given else every
+
+    def of(self, step: int, kind: str) -> Progress | None:
+        if self.progress is None or len(self.stages) == 1:
+            return self.progress
+        return partial(self._report, self.stages.index((step, kind)))
+
+    def _report(self, stage: int, done: int, total: int) -> None:
+        assert self.progress is not None  # or nothing would be reported
+        self.progress(int(1000 * (stage + done / total)), 1000 * len(self.stages))
+
+    def end(self) -> None:
+        """All is done, stages that were not needed included."""
+        if self.progress is not None and len(self.stages) > 1:
+            self.progress(1000 * len(self.stages), 1000 * len(self.stages))

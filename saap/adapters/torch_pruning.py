@@ -77,7 +77,7 @@ class TaylorImportance(GroupTaylorImportance):  # type: ignore[misc]  # Torch-Pr
             for parameter in of_norms:
                 _borrow_gradient(parameter, undo)
             for linear, axes in wanted.items():
-                if linear not in self._tied:
+                if linear not in self._tied and linear.weight.numel():
                     undo.patch_forward(linear, self._recorded(linear, axes))
             yield
             for norm in norms:

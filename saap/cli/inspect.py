@@ -131,7 +131,7 @@ def _print_info(found: ModelInfo) -> None:
         lines["plan"] = ", ".join(
             f"{words(name)} {setting(value)}"
             for name, value in found.plan.settings.items()
-            if value not in (None, [], False)
+            if value is not None and value is not False and value != []
         )
     for name, value in lines.items():
         typer.echo(f"{name}: {value}")

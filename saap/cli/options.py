@@ -113,6 +113,8 @@ def search_options(
 def _resource(name: str, context: int, table: Path | None, device: str | None) -> str | Resource:
     if (name == "latency") != (table is not None):
         raise ValueError(f"--resource latency and --latency-table go together; got {name} and {table}")
+    if device is not None and table is None:
+        raise ValueError("--latency-device says of which device a --latency-table must be; got no table")
     if context and name not in ("macs", "bytes"):
         raise ValueError(f"--context is for --resource macs or bytes; got {name}")
     if table is not None:

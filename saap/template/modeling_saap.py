@@ -25,14 +25,14 @@ def set_head_counts(attention, query_heads, kv_heads):
                 setattr(attention, name, count)
 
 
-def skip_attention(attention, o_name):
-    """Make an attention without heads return what its output projection adds by itself: its bias, or nothing."""
+class NoAttention:
+    """The forward of an attention without heads: what its output projection adds by itself, its bias or nothing."""
 
-    def forward(self, hidden_states, *args, **kwargs):
-        return self.get_submodule(o_name)(hidden_states[..., :0]), None
+    def __init__(self, attention, o_name):
+        self.attention, self.o_name = attention, o_name
 
-    base = type(attention)
-    attention.__class__ = type(f"No{base.__name__}", (base,), {"forward": forward})
+    def __call__(self, hidden_states, *args, **kwargs):
+        return self.attention.get_submodule(self.o_name)(hidden_states[..., :0]), None
 
 
 class SizedConfig:
@@ -109,7 +109,7 @@ class _Resized:
         attention = layer.get_submodule(layout["attention"])
         set_head_counts(attention, query_heads, kv_heads)
         if query_heads == 0:
-            skip_attention(attention, paths["o"].removeprefix(layout["attention"] + "."))
+            attention.forward = NoAttention(attention, paths["o"].removeprefix(layout["attention"] + "."))
 
 
 def model_class(name):

@@ -67,6 +67,8 @@ def test_steps_and_compensation_prune_to_the_ratio(workplace, tmp_path) -> None:
     [
         (("--resource", "latency"), "--resource latency and --latency-table go together"),
         (("--latency-table", "x.json"), "--resource latency and --latency-table go together"),
+        (("--latency-device", "any"), "--latency-device says of which device a --latency-table must be"),
+        (("--resource", "macs", "--context", -5), "context must not be negative; got -5"),
         (("--context", 5), "--context is for --resource macs or bytes; got parameters"),
         (("--method", "fluctuation", "--criterion", "magnitude"), "needs a criterion with an importance per sequence"),
     ],
@@ -81,3 +83,28 @@ def test_steps_are_refused_without_text_before_the_model_is_loaded(statistics, t
     result = run(*given, "--steps", 2, code=2)
     assert "--steps calibrates anew after every step: it needs --data" in result.stderr.replace("\n", " ")
     assert "steps must be a positive integer; got 0" in run(*given, "--steps", 0, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--plan", "p.json", "--statistics", "s"), "a --plan needs no statistics"),
+        (("--ratio", 0.2, "--statistics", "s", "--save-statistics", "t"), "--save-statistics keeps what is measured"),
+        (("--ratio", "0.12341,0.12342", "--data", "x.txt"), "ratios of a sweep must differ in four decimals"),
+        (("--ratio", 0.2, "--data", "x.txt", "--method", "fluctuation", "--criterion", "flap"), "flap has none"),
+        (
+            ("--ratio", 0.2, "--data", "x.txt", "--method", "fluctuation", "--baselines", "random", "--eval", "x.txt"),
+            "random has none",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_model_is_loaded(tmp_path, options: tuple, message: str) -> None:
+    result = run("prune", tmp_path / "no model", "--out", tmp_path / "out", *options, code=2)
+    assert message in result.stderr.replace("\n", " ")
+
+
+def test_baselines_go_through_the_same_pipeline(workplace, tmp_path) -> None:  # noqa: F811
+    given = ("--eval", workplace / "text.txt", "--baselines", "saap", "--steps", 2, "--compensate", "least_squares")
+    result = prune(workplace, "--ratio", 0.3, "--out", tmp_path / "out", *given, "--json")
+    (row,) = json.loads(result.stdout)["outputs"]
+    assert row["baselines"]["saap"]["perplexity"] == pytest.approx(row["evaluation"]["perplexity"], rel=1e-6)

@@ -1,6 +1,8 @@
 """Whole attentions and MLPs removed: the same function as zero masks, through files, caches and calibration."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ from saap.checkpoint import load, save
 from saap.compact import compact
 from saap.criteria import score
 from saap.plan import LayerPlan, Plan
+from saap.resources import Latency
 from saap.search import search
 from saap.units import discover, unit_masks
 from tests.saap.test_calibrate import assert_same, measure, token_ids
 from tests.saap.test_checkpoint import ids
+from tests.saap.test_resources import make_table
 from tests.saap.test_search import make_scores, make_units
 from tests.saap.tiny import FAMILIES, tiny_model
 
@@ -77,6 +81,31 @@ def test_what_is_left_is_calibrated_and_pruned_again(family: str) -> None:
         assert plan.layers[1].channels == () and plan.layers[2].kv_heads == ()
     before = model(ids()).logits
     assert not torch.equal(compact(model, plan)(ids()).logits, before)
+
+
+def test_empty_modules_survive_pickling_copies_latency_budgets_and_the_torch_pruning_adapter() -> None:
+    model = hollow("llama", torch.float32)
+    before = model(ids()).logits
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        with torch.no_grad():
+            twin.model.layers[2].self_attn.o_proj.bias.add_(1)  # the twin's own
+        assert torch.equal(model(ids()).logits, before) and not torch.equal(twin(ids()).logits, before)
+    units = discover(model)
+    table = make_table(discover(tiny_model("llama")))
+    plan = search(make_scores(units), 0.05, resource=Latency(table), multiple=1)
+    assert plan.layers[1].channels == () and plan.layers[2].kv_heads == ()
+    torch_pruning = pytest.importorskip("saap.adapters.torch_pruning", reason="needs the extra torch-pruning")
+    with torch_pruning.TaylorImportance().collect(model):
+        model(input_ids=ids(), labels=ids()).loss.backward()
+
+
+def test_baselines_of_inputs_work_where_no_mlp_is_left() -> None:
+    model = tiny_model("llama")
+    units = discover(model)
+    compact(model, Plan(units, tuple(LayerPlan((0, 1), ()) for _ in units.layers), EMPTY))
+    statistics = measure(model, [token_ids(2)])
+    for name in ("flap", "wanda_sp", "activation"):
+        assert score(statistics, name).mlp.shape == (0,)
 
 
 def test_search_empties_modules_only_when_allowed_and_never_an_anchor() -> None:

@@ -40,7 +40,7 @@ def test_every_section_shows_what_the_result_holds(tmp_path, result) -> None:
     saap.report(result, tmp_path / "r.html", name="my model")
     page, found = read(tmp_path / "r.html"), result.evaluation
     assert list(page.sections) == SECTIONS and found is not None and found.against is not None
-    assert f"Asked: 20.00% of all parameters. Removed: {result.plan.ratio:.2%} of all parameters" in page.text
+    assert f"Asked: 20.00% of the model's parameters. Removed: {result.plan.ratio:.2%} of all parameters" in page.text
     for value in (found, found.against):
         row = page.sections["Evaluation"]
         assert f"{value.parameters:,}" in row and f"{value.perplexity:,.2f}" in row
@@ -203,6 +203,6 @@ def test_baselines_stand_in_the_table_and_leave_the_pruned_model_alone(workplace
 
 
 def test_baselines_that_cannot_be_evaluated_are_refused(workplace, tmp_path) -> None:  # noqa: F811
-    for name, message in (("best", "unknown baseline 'best'; known: saap"), ("random", "--baselines needs --eval")):
+    for name, message in (("best", "unknown criterion 'best'; known: saap"), ("random", "--baselines needs --eval")):
         result = prune(workplace, "--ratio", 0.2, "--out", tmp_path / "o", "--baselines", name, code=2)
         assert message in result.stderr and not list(tmp_path.iterdir())

@@ -133,6 +133,12 @@ def test_tables_round_trip_and_name_their_device(tmp_path) -> None:
             LatencyTable.load(tmp_path / "bad.json")
 
 
+def test_negative_quantities_are_refused() -> None:
+    for make in (lambda: Macs(-1), lambda: Bytes(context=-1), lambda: Bytes(-2.0), lambda: Bytes(0.0)):
+        with pytest.raises(ValueError, match="must not be negative; got -|bytes_per_value must be positive; got 0"):
+            make()
+
+
 def test_unknown_resources_are_named() -> None:
     with pytest.raises(
         ValueError, match="resource must be one of parameters, macs, bytes or a .*; got 'latency'.*table"

@@ -242,7 +242,7 @@ def test_bad_options_are_named(options: dict, message: str) -> None:
 
 @pytest.mark.parametrize("budget", [0, -5, 10**9])
 def test_budget_must_be_smaller_than_the_model(budget: int) -> None:
-    with pytest.raises(ValueError, match="budget must lie between 0 and the model's"):
+    with pytest.raises(ValueError, match="budget must lie between 0 and the .* parameters of the model; got"):
         search(make_scores(make_units()), budget=budget)
 
 
@@ -253,3 +253,13 @@ def test_searching_a_7b_model_takes_under_a_second() -> None:
     plan = search(scores, 0.2)
     plan.to_json()
     assert time.process_time() - start < 1.0  # asked: re-planning in under a second at this size
+
+
+def test_equal_sizes_are_refused_where_layers_differ_and_unreachable_ones_name_the_largest() -> None:
+    units = make_units(layers=2, width=16, heads=4)
+    smaller = type(units.layers[0])(8, 8, 4, 2, 12, gated=True)
+    uneven = Units("llama", (units.layers[0], smaller), units.total_parameters, units.block_parameters, "0" * 16)
+    with pytest.raises(ValueError, match="uniform=True needs a model whose layers have one size; got 2"):
+        search(make_scores(uneven), 0.1, uniform=True, multiple=4)
+    with pytest.raises(ValueError, match="by taking the same from every layer: the largest reachable ratio so is 0."):
+        search(make_scores(uneven), 0.74, method="uniform", multiple=1, ratio_of="blocks")

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from saap import steps
 from saap.calibrate import calibrate
 from saap.compact import compact
+from saap.compensate import compensation
 from saap.plan import LayerPlan, Plan
 from saap.prune import prune
 from saap.resources import Macs
@@ -70,12 +72,29 @@ def test_a_copy_leaves_the_dense_model_alone_and_given_statistics_serve_the_firs
     assert done.statistics is statistics and done.plan.layers == steps_of(tiny_model("qwen2"), 2).plan.layers
 
 
-def test_every_step_is_compensated() -> None:
-    model = tiny_model("llama", torch.float32)
-    done = prune_in_steps(model, None, token_ids(4), 0.4, recipe(2, compensate="least_squares"))
-    plain = steps_of(tiny_model("llama", torch.float32), 2)
+def test_every_step_is_compensated(monkeypatch) -> None:
+    made = []
+
+    def counted(model, plan, *arguments, **options):
+        made.append(plan.units.fingerprint)
+        return compensation(model, plan, *arguments, **options)
+
+    monkeypatch.setattr(steps, "compensation", counted)
+    done = prune_in_steps(
+        tiny_model("llama", torch.float32), None, token_ids(4), 0.4, recipe(3, compensate="least_squares")
+    )
+    assert len(set(made)) == 3  # each on what the step before left
     assert done.plan.settings["compensate"] == "least_squares"
-    assert not torch.equal(model.model.layers[0].mlp.down_proj.weight, plain.model.model.layers[0].mlp.down_proj.weight)
+
+
+@pytest.mark.parametrize(("options", "ratio"), [({"multiple": 32}, 0.1), ({"multiple": 8, "uniform": True}, 0.3)])
+def test_steps_that_earlier_ones_made_needless_are_left_out(options: dict, ratio: float) -> None:
+    seen: list[tuple[int, int]] = []
+    coarse = Recipe(search=options, calibration=CALIBRATION, steps=8)
+    done = prune_in_steps(
+        tiny_model("llama"), None, token_ids(4), ratio, coarse, progress=lambda *counts: seen.append(counts)
+    )
+    assert done.plan.ratio >= ratio and seen[-1] == (8000, 8000)
 
 
 @pytest.mark.parametrize(("steps", "compensate", "given"), [(1, "none", False), (3, "bias", False), (2, "none", True)])
