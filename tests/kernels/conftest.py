@@ -7,6 +7,8 @@ import torch
 
 # read once, at the process's first product, which may be any test's: calibration on a device needs it
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+with torch.device("meta"):
+    torch.empty(0)  # torch notes its constructors at the first of these contexts: it must not note the one below
 
 
 @pytest.fixture(autouse=True)
