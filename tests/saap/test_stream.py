@@ -238,9 +238,9 @@ print(peak() / sum(p.numel() * 4 for p in model.parameters()))
 
 def test_a_streamed_checkpoint_stays_in_its_mapped_files(tmp_path) -> None:
     sizes = {"vocab_size": 512, "hidden_size": 1024, "intermediate_size": 4096, "num_key_value_heads": 8}
-    saap.save(tiny_model("llama", torch.float32, **sizes, num_hidden_layers=6), tmp_path / "big")  # 0.4 GB
+    saap.save(tiny_model("llama", torch.float32, **sizes, num_hidden_layers=12), tmp_path / "big")  # 0.8 GB
     saap.save(tiny_model("llama", torch.float32, vocab_size=512), tmp_path / "small")
     command = [sys.executable, "-c", MEASURE, *(str(tmp_path / name) for name in ("big", "small", ""))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 0.4  # 0.2 measured; 1 and more if the weights were copied
+    assert float(done.stdout) < 0.4  # 0.2 measured, much of it statistics; 1 and more if the weights were copied
