@@ -71,6 +71,10 @@ def spread(left: Tensor, right: Tensor, samples: int = 1000) -> float:
     return float(torch.tensor([spearman(left[draw], right[draw]) for draw in draws]).std())
 
 
+def _per_parameter(values: dict[str, Tensor], cost: dict[str, float]) -> Tensor:
+    return torch.cat([values[module] / cost[module] for module in MODULES])
+
+
 def correlations(
     scores: Scores, chosen: dict[str, list[int]], truth: dict[str, Tensor]
 ) -> dict[str, tuple[float, float]]:
@@ -78,7 +82,7 @@ def correlations(
     values = {module: getattr(scores, module)[chosen[module]] for module in MODULES}
     cost = {module: float(scores.units.layers[0].unit_parameters(module)) for module in MODULES}
     pairs = {module: (values[module], truth[module]) for module in MODULES}
-    pairs["both"] = tuple(torch.cat([each[m] / cost[m] for m in MODULES]) for each in (values, truth))  # type: ignore[assignment]
+    pairs["both"] = _per_parameter(values, cost), _per_parameter(truth, cost)
     return {name: (spearman(*pair), spread(*pair)) for name, pair in pairs.items()}
 
 

@@ -139,4 +139,4 @@ def _over_layers(candidates: dict[Key, Candidates], module: str) -> tuple[Tensor
     if not found:
         return torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     most = min(len(c.ends) for c in found)
-    return sum(c.saved[:most] for c in found), sum(c.lost[:most] for c in found)  # type: ignore[return-value]
+    return torch.stack([c.saved[:most] for c in found]).sum(0), torch.stack([c.lost[:most] for c in found]).sum(0)

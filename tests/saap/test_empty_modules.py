@@ -13,9 +13,9 @@ from saap.criteria import score
 from saap.plan import LayerPlan, Plan
 from saap.resources import Latency
 from saap.search import search
-from saap.units import discover, unit_masks
+from saap.units import discover
 from tests.saap.test_calibrate import assert_same, measure, token_ids
-from tests.saap.test_checkpoint import ids
+from tests.saap.test_checkpoint import compacted_as_masked, ids
 from tests.saap.test_resources import make_table
 from tests.saap.test_search import make_scores, make_units
 from tests.saap.tiny import FAMILIES, tiny_model
@@ -40,16 +40,7 @@ def hollow(family: str, dtype=torch.float64):
 def test_zero_masks_equal_removal(family: str) -> None:
     model = tiny_model(family)
     plan = hollow_plan(model)
-    with torch.no_grad(), unit_masks(model, plan.units) as masks:
-        for index, layer in enumerate(plan.layers):
-            for module, kept in (("attention", layer.kv_heads), ("mlp", layer.channels)):
-                keep = torch.zeros_like(masks[module][index])
-                keep[list(kept)] = 1
-                masks[module][index].copy_(keep)
-        masked = model(ids()).logits
-    pruned = compact(model, plan)
-    torch.testing.assert_close(pruned(ids()).logits, masked, rtol=1e-10, atol=1e-10)
-    assert sum(p.numel() for p in pruned.parameters()) == plan.units.total_parameters - plan.removed_parameters
+    pruned = compacted_as_masked(model, plan)
     assert [(u.kv_heads, u.intermediate_size) for u in discover(pruned).layers][1:] == [
         (plan.units.layers[0].kv_heads, 0), (0, 43),
     ]  # fmt: skip
