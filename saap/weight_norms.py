@@ -9,7 +9,7 @@ from saap.families import Projection
 from saap.host import on_host
 from saap.units import IN_PARTS, LayerUnits
 
-PANEL = 256  # rows that a CPU turns into float64 at a time
+PANEL = 64  # rows that a CPU reads at a time
 
 
 def by_unit(lines: Tensor, sizes: LayerUnits, part: str) -> Tensor:
@@ -20,8 +20,8 @@ def by_unit(lines: Tensor, sizes: LayerUnits, part: str) -> Tensor:
 def line_norms(projections: Mapping[str, Projection]) -> dict[str, tuple[Tensor, Tensor]]:
     """Sum of |w| and of w^2 of each row, its bias included, or of each column of o and down, of a layer's parts.
 
-    float64 on the CPU. On a device a weight is read twice, without a copy of it, and summed in fp32 (float64
-    weights in float64); everything comes over in one transfer.
+    Summed in fp32 (float64 weights in float64) along each line, on a CPU in panels whose sums add up in float64. On a
+    device a weight is read twice, without a copy of it; everything comes over in one transfer.
     """
     lines = [norm for part, projection in projections.items() for norm in _norms(projection, part)]
     moved = on_host(lines)
@@ -39,13 +39,16 @@ def _norms(projection: Projection, part: str) -> tuple[Tensor, Tensor]:
 
 
 def _in_panels(weight: Tensor, along: int) -> tuple[Tensor, Tensor]:
-    panels = weight.split(PANEL)
-    l1 = [rows.abs().sum(along, dtype=torch.float64) for rows in panels]
-    square = [rows.double().square().sum(along) for rows in panels]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    panel = torch.empty(min(PANEL, len(weight)), weight.shape[1], dtype=dtype)  # stays in a core's cache
+    l1, square = [], []
+    for rows in weight.split(PANEL):
+        values = panel[: len(rows)].copy_(rows).abs_()
+        l1.append(values.sum(along).double())
+        square.append(values.square_().sum(along).double())
     if along:
         return torch.cat(l1), torch.cat(square)
-    zero = torch.zeros((), dtype=torch.float64)
-    return sum(l1, start=zero), sum(square, start=zero)
+    return torch.stack(l1).sum(0), torch.stack(square).sum(0)
 
 
 def _whole(weight: Tensor, along: int) -> tuple[Tensor, Tensor]:
