@@ -27,6 +27,7 @@ from saap.units import IN_PARTS, discover
 
 COMPENSATIONS = ("none", "bias", "least_squares")
 INPUTS = ("dense", "pruned")
+CAUTION = 30.0  # times the automatic damping, for outputs that a Linear's inputs explain in part only
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,10 @@ def compensation(
     bias), b is solved for where the Linear has a bias and 0 otherwise. ``damping`` "auto" is |K| over the tokens.
     Of what calibration says nothing about, such as dead channels, weights stay; a Gram matrix that is still
     singular gets up to a million times the damping. ``inputs`` "dense" takes X of the dense model, in one pass;
-    "pruned" takes X of the model whose blocks so far are pruned and compensated, o before down, in three passes.
-    ``method`` "bias" leaves the weights and adds the mean of what is missing, with dense inputs W_R mean(x_R)
+    "pruned" takes X of the model whose blocks so far are pruned and compensated, o before down, in three passes,
+    for every Linear behind the first that loses some. Y is then what brings the hidden states behind the Linear to
+    those of the dense model, where the block adds its Linears' outputs to them (with post-norms it does not: Y is
+    the dense Linear's output), and "auto" damps thirty times more. ``method`` "bias" leaves the weights and adds the mean of what is missing, with dense inputs W_R mean(x_R)
     over the removed columns R (FLAP, arXiv 2312.11983), to a bias that is made where there is none.
 
     Calibration text and its arguments are those of ``calibrate``; Gram matrices are summed over the ranks of a
@@ -103,8 +106,8 @@ def compensation(
 class _Sweep(Blocks):
     """One walk through the blocks; methods in the order they are called.
 
-    ``states`` holds the dense hidden states in 0; for ``inputs`` "pruned" those of the pruned model in 1
-    and the outputs that the dense down gave in 2.
+    ``states`` holds the dense hidden states in 0; for ``inputs`` "pruned" those of the pruned model in 1, and what
+    down shall lead to in 2: the dense block's output where the block ``_adds``, otherwise the dense down's.
     """
 
     def __init__(
@@ -133,9 +136,9 @@ class _Sweep(Blocks):
         self.embed()
         if self.pruned:
             self.states[1].copy_(self.states[0])
-        found = []
+        found: list[dict[str, Replacement]] = []
         for index, layer in enumerate(self.layers):
-            targets = self._targets(index)
+            targets = self._targets(index, every=self.pruned and any(found))
             with self.here(tensors_of(layer)):
                 refuse_nonfinite_layer(layer, self.family, index)
                 for target in targets.values():
@@ -143,12 +146,13 @@ class _Sweep(Blocks):
                 found.append((self._pruned if self.pruned else self._dense)(index, targets))
         return tuple(found)
 
-    def _targets(self, index: int) -> dict[str, ThinnedLinear]:
+    def _targets(self, index: int, every: bool) -> dict[str, ThinnedLinear]:
+        """o and down if they lose inputs, or ``every`` one that has some left."""
         sizes, kept, targets = self.plan.units.layers[index], self.plan.layers[index], {}
         for part, linear in linears_of(self.layers[index], self.family).items():
             if part in IN_PARTS:
                 features = kept.features(part, sizes)
-                if len(features) < linear.in_features:
+                if len(features) < linear.in_features or (every and len(features)):
                     name = f"layer {index}, {self.family.path(part)}"
                     targets[part] = ThinnedLinear(linear, features, name, self.method, self.precision)
         return targets
@@ -170,25 +174,32 @@ class _Sweep(Blocks):
     def _pruned(self, index: int, targets: dict[str, ThinnedLinear]) -> dict[str, Replacement]:
         """o against the inputs that the pruned blocks before give it, then down against those with the new o."""
         found: dict[str, Replacement] = {}
+        adds: list[bool] = []
 
         def attention(rows: slice) -> None:
+            before, behind = (self.states[which][rows].to(self.device) for which in (0, 1))
             with self._watched(index) as seen:
-                out = self.finite(self.block(index, self.states[0][rows].to(self.device)), index, rows)
+                out = self.finite(self.block(index, before), index, rows)
                 dense = dict(seen)
                 if "o" in targets:
-                    self.block(index, self.states[1][rows].to(self.device))
-            sums = targets["o"].gap(seen["o"][0], dense["o"][1]) if "o" in targets else None
-            self.states[2][rows] = dense["down"][1].view_as(out).to(CPU)
+                    self.block(index, behind)
+            if not adds:
+                adds.append(_adds(before, dense, out))
+            wanted = dense["o"][1] + (before - behind) if adds[0] else dense["o"][1]
+            sums = targets["o"].gap(seen["o"][0], wanted) if "o" in targets else None
+            self.states[2][rows] = (out if adds[0] else dense["down"][1].view_as(out)).to(CPU)
             self.states[0][rows] = out.to(CPU)  # from here on nothing runs out of memory, so nothing is repeated
             if sums is not None:
                 targets["o"].equations.merge_(sums)
 
         def mlp(rows: slice) -> None:
             if "down" in targets:
+                behind, wanted = (self.states[which][rows].to(self.device) for which in (1, 2))
                 with self._watched(index) as seen:
-                    self.block(index, self.states[1][rows].to(self.device))
-                target = targets["down"]
-                target.equations.merge_(target.gap(seen["down"][0], self.states[2][rows].to(self.device)))
+                    self.block(index, behind)
+                if adds[0]:
+                    wanted = wanted - (behind + seen["o"][1])
+                targets["down"].equations.merge_(targets["down"].gap(seen["down"][0], wanted))
 
         def output(rows: slice) -> None:
             out = self.finite(self.block(index, self.states[1][rows].to(self.device)), index, rows)
@@ -199,7 +210,7 @@ class _Sweep(Blocks):
             for part, step in (("o", attention), ("down", mlp), ("", output)):
                 self.micro_batches(step, counted=True)
                 if part in targets:
-                    found[part] = targets[part].solved(self.damping)
+                    found[part] = targets[part].solved(self.damping, CAUTION)
                     undo.patch_forward(targets[part].linear, targets[part].forward(found[part]))
         finally:
             undo.restore()
@@ -221,6 +232,13 @@ class _Sweep(Blocks):
             yield seen
         finally:
             undo.restore()
+
+
+def _adds(before: Tensor, seen: dict[str, tuple[Tensor, Tensor]], out: Tensor) -> bool:
+    """Whether a block adds the outputs of o and down to its hidden states as they are, without post-norms or factors."""
+    added = seen["o"][1] + seen["down"][1].view_as(out)
+    off = (out - before - added).float().norm()
+    return bool(off <= 0.05 * added.float().norm())  # far above what 16 bits round, far below what a norm does
 
 
 def check_compensate(method: str, data: Any) -> None:

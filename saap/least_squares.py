@@ -52,12 +52,14 @@ class NormalEquations:
     def finite(self) -> bool:
         return all(bool(torch.isfinite(tensor).all()) for tensor in self._tensors())
 
-    def solve(self, damping: float | str, affine: bool, name: str = "the matrix") -> tuple[Tensor, Tensor]:
+    def solve(
+        self, damping: float | str, affine: bool, name: str = "the matrix", caution: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """The change of weights (D, K) and of bias (D,) that makes up for the residual, float64.
 
         Minimises sum ||r - dW x - db||^2 + damping * m * ||dW||^2, m the mean of the Gram matrix's diagonal, by
-        Cholesky: (G + damping m I) dW' = X'r. ``damping`` "auto" is K over tokens: the fewer tokens speak for an
-        input, the less its weights change. With ``affine`` G and X'r are centred and db = mean(r) - dW mean(x),
+        Cholesky: (G + damping m I) dW' = X'r. ``damping`` "auto" is ``caution`` times K over tokens: the fewer tokens
+        speak for an input, the less its weights change. With ``affine`` G and X'r are centred and db = mean(r) - dW mean(x),
         otherwise db is 0. Where inputs are zero, or there are none, nothing changes. ``gram`` and ``cross`` are
         overwritten. A matrix that is singular in float64 gets tenfold damping, ``RAISES`` times at most; then,
         or when it is not finite, ValueError says so, calling it ``name``.
@@ -68,7 +70,8 @@ class NormalEquations:
         if affine:
             self.gram.addr_(self.inputs, mean_inputs, alpha=-1)
             self.cross.addr_(self.inputs, mean_residual, alpha=-1)
-        change = self._solve(len(self.gram) / self.tokens if isinstance(damping, str) else damping, name)
+        share = len(self.gram) / self.tokens
+        change = self._solve(caution * share if isinstance(damping, str) else damping, name)
         shift = mean_residual - change @ mean_inputs if affine else torch.zeros_like(mean_residual)
         return change, shift
 

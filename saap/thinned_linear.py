@@ -56,11 +56,11 @@ class ThinnedLinear:
         kept = self.kept if self.least_squares else self.kept[:0]  # a bias is a least-squares problem without inputs
         return NormalEquations.of(rows[:, kept].to(self.precision), residual)
 
-    def solved(self, damping: float | str) -> Replacement:
+    def solved(self, damping: float | str, caution: float = 1.0) -> Replacement:
         """The Linear's new weight and bias; frees the sums."""
         self.equations.all_reduce()
         affine = self.linear.bias is not None or not self.least_squares
-        change, shift = self.equations.solve(damping, affine, self.name)
+        change, shift = self.equations.solve(damping, affine, self.name, caution)
         del self.equations, self.stays, self.goes
         weight, bias = None, None
         if self.least_squares:
