@@ -1,5 +1,6 @@
 """Calibration: one forward and one backward pass over sample text, giving Statistics."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ def calibrate(
             stream_collect(collector, mine, fit.batch, streaming, progress)
     statistics = collector.statistics
     distributed.all_reduce(statistics)
+    warn_of_unrouted(statistics)
     statistics.data = (data_fingerprint(ids),)
     statistics.settings = {
         "samples": samples,
@@ -89,6 +91,14 @@ def calibrate(
         "dtype": str(dtype).removeprefix("torch."),
     }
     return statistics
+
+
+def warn_of_unrouted(statistics: Statistics) -> None:
+    """Say which experts no calibration token was routed to: nothing is known of them, and they are dropped first."""
+    found = statistics.unrouted()
+    if found:
+        named = "; ".join(f"layer {index}: {', '.join(map(str, experts))}" for index, experts in found.items())
+        warnings.warn(f"no calibration token was routed to these experts, which score 0: {named}", stacklevel=3)
 
 
 def _collect_all(collector: Collector, ids: Tensor, batch: int, progress: Progress | None) -> None:

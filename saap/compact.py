@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from saap.compensate import Compensation
+from saap.experts import cut_experts
 from saap.families import Family, family_of, layers_of, linears_of, projections_by_linear
 from saap.layout import adopt, biases_of_stock, describe_as_stock, describe_as_template, is_template
 from saap.plan import LayerPlan, Plan
@@ -78,6 +79,8 @@ def _cut_layer(layer: nn.Module, family: Family, sizes: LayerUnits, kept: LayerP
             if linear.bias is not None:
                 linear.bias = _parameter(linear.bias, 0, index)
             linear.out_features = len(index)
+    if family.experts is not None:
+        cut_experts(layer, family, kept.experts, kept.channels_by_expert(sizes))
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from saap.refuse import refuse_nonfinite_layer
 from saap.stream import Streaming, resolve_streaming, streamed_bytes
 from saap.thinned_linear import Replacement, ThinnedLinear
 from saap.undo import Undo
-from saap.units import IN_PARTS, discover
+from saap.units import IN_PARTS, Units, discover
 
 COMPENSATIONS = ("none", "bias", "least_squares")
 INPUTS = ("dense", "pruned")
@@ -73,7 +73,8 @@ def compensation(
     singular gets up to a million times the damping. ``inputs`` "dense" takes X of the dense model, in one pass;
     "pruned" takes X of the model whose blocks so far are pruned and compensated, o before down, in three passes.
     ``method`` "bias" leaves the weights and adds the mean of what is missing, with dense inputs W_R mean(x_R)
-    over the removed columns R (FLAP, arXiv 2312.11983), to a bias that is made where there is none.
+    over the removed columns R (FLAP, arXiv 2312.11983), to a bias that is made where there is none. Experts must
+    keep everything: of a mixture of experts only o is compensated.
 
     Calibration text and its arguments are those of ``calibrate``; Gram matrices are summed over the ranks of a
     torch.distributed group. Memory beyond the model: one block's Gram matrices in float64, the hidden states on
@@ -84,6 +85,9 @@ def compensation(
     _check_options(method, inputs, damping)
     units = discover(model)
     plan.check_model(units)
+    for index, (layer, sizes) in enumerate(zip(plan.layers, units.layers, strict=True)):
+        if sizes.experts and len(layer.channels) < sizes.count("mlp"):
+            raise ValueError(f"compensation of experts is not supported: layer {index} loses channels or experts")
     check_sizes(model, samples, seq_len, batch_size)
     ids = distributed.share(pack_for(model, tokenizer, data, samples=samples, seq_len=seq_len, seed=seed))
     sweep = _Sweep(model, plan, ids, resolve_streaming(model, stream), method, inputs, damping, batch_size, progress)
@@ -178,7 +182,8 @@ class _Sweep(Blocks):
                 if "o" in targets:
                     self.block(index, self.states[1][rows].to(self.device))
             sums = targets["o"].gap(seen["o"][0], dense["o"][1]) if "o" in targets else None
-            self.states[2][rows] = dense["down"][1].view_as(out).to(CPU)
+            if "down" in dense:  # experts keep theirs
+                self.states[2][rows] = dense["down"][1].view_as(out).to(CPU)
             self.states[0][rows] = out.to(CPU)  # from here on nothing runs out of memory, so nothing is repeated
             if sums is not None:
                 targets["o"].equations.merge_(sums)
@@ -231,6 +236,14 @@ def check_compensate(method: str, data: Any) -> None:
         raise ValueError(
             f"compensate {method!r} needs calibration text, which neither a plan nor statistics hold: "
             "expected data (--data), got none"
+        )
+
+
+def refuse_experts(units: Units, method: str) -> None:
+    """Raise ValueError for compensating what pruning takes from experts."""
+    if method != "none" and any(layer.experts for layer in units.layers):
+        raise ValueError(
+            f'compensate {method!r} is not supported for the experts of a {units.family} model: expected "none"'
         )
 
 

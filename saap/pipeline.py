@@ -11,7 +11,7 @@ from saap import console
 from saap.calibrate import calibrate
 from saap.checkpoint import refuse_existing, save
 from saap.compact import PLAN_ATTRIBUTE, compact
-from saap.compensate import check_compensate, compensation
+from saap.compensate import check_compensate, compensation, refuse_experts
 from saap.criteria import check_criterion
 from saap.data import check_tokenizer, load_documents
 from saap.evaluate import Evaluation, evaluate
@@ -116,6 +116,7 @@ class Job:
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[Result]:
         """Do the work; every output appears complete or not at all."""
         units = discover(model)
+        refuse_experts(units, self.compensate)
         for ratio in self.ratios:
             check_ratio(units, ratio, **self.search_options)
         if tokenizer is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saap.compensate import check_compensate
+from saap.compensate import check_compensate, refuse_experts
 from saap.criteria import Criterion, check_criterion
 from saap.data import pack_for
 from saap.evaluate import Evaluation, evaluate
@@ -49,6 +49,7 @@ def prune(
     resource: str | Resource = "parameters",
     uniform: bool = False,
     allow_empty: bool = False,
+    keep_experts: int | None = None,
     compensate: str = "none",
     steps: int = 1,
     samples: int = 128,
@@ -77,6 +78,7 @@ def prune(
         {
             "ratio_of": ratio_of, "resource": resource, "multiple": multiple, "protect": tuple(protect),
             "uniform": uniform, "allow_empty": allow_empty, "method": method, "fluctuation_weight": fluctuation_weight,
+            "keep_experts": keep_experts,
         },
         {
             "samples": samples, "seq_len": seq_len, "batch_size": batch_size, "checkpoint": checkpoint,
@@ -85,6 +87,7 @@ def prune(
         compensate, steps,
     )  # fmt: skip
     check_compensate(compensate, data)
+    refuse_experts(units, compensate)
     check_criterion(criterion, method)
     check_ratio(units, ratio, **recipe.search)
     if steps > 1 and data is None:

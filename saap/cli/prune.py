@@ -21,6 +21,7 @@ from saap.cli.options import (
     Dtype,
     FluctuationWeight,
     Force,
+    KeepExperts,
     LatencyDevice,
     LatencyFile,
     Method,
@@ -72,6 +73,7 @@ def prune(
     protect: Protect = "",
     uniform: Uniform = False,
     allow_empty: AllowEmpty = False,
+    keep_experts: KeepExperts = None,
     compensate: Compensate = "none",
     steps: Steps = 1,
     samples: Samples = 128,
@@ -104,7 +106,7 @@ def prune(
         refuse_ranks("prune", "calibrate with torchrun, then prune with --statistics")
         options = search_options(
             method, fluctuation_weight, ratio_of, resource, context, latency_table, latency_device, multiple,
-            protect, uniform, allow_empty,
+            protect, uniform, allow_empty, keep_experts,
         )  # fmt: skip
         job = pipeline.Job(
             out, pipeline.parse_ratios(ratio, plan), data, plan, statistics, save_statistics, eval_text, criterion,
