@@ -104,12 +104,13 @@ def in_order_of_density(candidates: dict[Key, Candidates], target: float) -> dic
 
 
 def same_everywhere(
-    candidates: dict[Key, Candidates], target: float, whole: float, *, cheapest: bool
+    candidates: dict[Key, Candidates], target: float, whole: float, *, cheapest: bool, gone: float = 0.0
 ) -> dict[Key, int]:
     """Remove the same number of candidates per module from every layer.
 
     ``cheapest`` tries every number of KV heads and keeps the one of lowest total score; otherwise
     the number of heads nearest to the asked share is used, or the next one that reaches the target.
+    ``gone`` is what was saved before, for the error.
     """
     heads_saved, heads_lost = _over_layers(candidates, "attention")
     steps_saved, steps_lost = _over_layers(candidates, "mlp")
@@ -128,10 +129,10 @@ def same_everywhere(
         if best is None or loss < best[0]:
             best = (loss, removed_heads, removed_steps)
     if best is None:
-        largest = float(heads_saved[-1] + steps_saved[-1]) / whole
+        largest = (float(heads_saved[-1] + steps_saved[-1]) + gone) / whole
         raise ValueError(
-            f"cannot remove {target / whole:.4f} by taking the same from every layer: the largest reachable ratio so "
-            f"is {int(largest * 1e4) / 1e4:.4f}; other methods than uniform reach more"
+            f"cannot remove {(target + gone) / whole:.4f} by taking the same from every layer: the largest reachable "
+            f"ratio so is {int(largest * 1e4) / 1e4:.4f}; other methods than uniform reach more"
         )
     return {(layer, module): best[1] if module == "attention" else best[2] for layer, module in candidates}
 

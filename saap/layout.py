@@ -120,7 +120,8 @@ def adopt(model: PreTrainedModel, family: Family, config: PreTrainedConfig) -> N
             module.config = config  # type: ignore[assignment]
     if template and not type(model).__name__.startswith("Saap"):
         model.__class__ = modeling_saap.model_class(f"Saap{type(model).__name__}")  # same layout, more methods
-    if template:
+    if template:  # saved by its own names: those of the file that it came from are only known for stock models
+        vars(model).pop("_weight_conversions", None)
         modeling_saap.share_config(model, layers_of(model, family), config)
     if family.experts_attribute is not None and hasattr(model, "num_experts"):  # of the loss that balances routers
         model.num_experts = vars(config)[_own_name(config, family.experts_attribute)]

@@ -92,7 +92,7 @@ def search(
     if target <= 0:
         removed = dict.fromkeys(candidates, 0)
     elif method == "uniform" or uniform:
-        removed = same_everywhere(candidates, target, whole, cheapest=method != "uniform")
+        removed = same_everywhere(candidates, target, whole, cheapest=method != "uniform", gone=gone)
     else:
         removed = in_order_of_density(candidates, target)
     layers = _layers(scores.units, candidates, removed)
