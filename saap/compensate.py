@@ -15,13 +15,14 @@ from saap import distributed
 from saap.blocks import Blocks, tensors_of
 from saap.calibrate import check_sizes
 from saap.data import pack_for
+from saap.experts import ExpertLinear, Routing, experts_of, patch_experts
 from saap.families import family_of, linears_of
 from saap.hidden_states import CPU, HiddenStates
 from saap.micro_batches import Progress, fit_micro_batches
 from saap.plan import Plan
 from saap.refuse import refuse_nonfinite_layer
 from saap.stream import Streaming, resolve_streaming, streamed_bytes
-from saap.thinned_linear import Replacement, ThinnedLinear
+from saap.thinned_linear import Replacement, ThinnedExperts, ThinnedLinear
 from saap.undo import Undo
 from saap.units import IN_PARTS, Units, discover
 
@@ -73,8 +74,9 @@ def compensation(
     singular gets up to a million times the damping. ``inputs`` "dense" takes X of the dense model, in one pass;
     "pruned" takes X of the model whose blocks so far are pruned and compensated, o before down, in three passes.
     ``method`` "bias" leaves the weights and adds the mean of what is missing, with dense inputs W_R mean(x_R)
-    over the removed columns R (FLAP, arXiv 2312.11983), to a bias that is made where there is none. Experts must
-    keep everything: of a mixture of experts only o is compensated.
+    over the removed columns R (FLAP, arXiv 2312.11983), to a bias that is made where there is none. Of a
+    mixture of experts every expert that stays is solved by itself over the tokens that the dense router sends it, with
+    least squares and dense inputs only; nothing makes up for experts that are dropped, or for one without tokens.
 
     Calibration text and its arguments are those of ``calibrate``; Gram matrices are summed over the ranks of a
     torch.distributed group. Memory beyond the model: one block's Gram matrices in float64, the hidden states on
@@ -85,9 +87,7 @@ def compensation(
     _check_options(method, inputs, damping)
     units = discover(model)
     plan.check_model(units)
-    for index, (layer, sizes) in enumerate(zip(plan.layers, units.layers, strict=True)):
-        if sizes.experts and len(layer.channels) < sizes.count("mlp"):
-            raise ValueError(f"compensation of experts is not supported: layer {index} loses channels or experts")
+    _check_experts(plan, method, inputs)
     check_sizes(model, samples, seq_len, batch_size)
     ids = distributed.share(pack_for(model, tokenizer, data, samples=samples, seq_len=seq_len, seed=seed))
     sweep = _Sweep(model, plan, ids, resolve_streaming(model, stream), method, inputs, damping, batch_size, progress)
@@ -144,20 +144,29 @@ class _Sweep(Blocks):
                 refuse_nonfinite_layer(layer, self.family, index)
                 for target in targets.values():
                     target.open()
-                found.append((self._pruned if self.pruned else self._dense)(index, targets))
+                found.append(self._pruned(index, targets) if self.pruned else self._dense(index, targets))
         return tuple(found)
 
-    def _targets(self, index: int) -> dict[str, ThinnedLinear]:
-        sizes, kept, targets = self.plan.units.layers[index], self.plan.layers[index], {}
+    def _targets(self, index: int) -> dict[str, Any]:
+        """{part: ThinnedLinear, or ThinnedExperts} of what loses some."""
+        sizes, kept = self.plan.units.layers[index], self.plan.layers[index]
+        targets: dict[str, Any] = {}
         for part, linear in linears_of(self.layers[index], self.family).items():
             if part in IN_PARTS:
                 features = kept.features(part, sizes)
                 if len(features) < linear.in_features:
                     name = f"layer {index}, {self.family.path(part)}"
                     targets[part] = ThinnedLinear(linear, features, name, self.method, self.precision)
+        if sizes.experts and kept.width < sizes.intermediate_size:
+            down = {}
+            for expert, own in zip(kept.experts, kept.channels_by_expert(sizes), strict=True):
+                matrix = ExpertLinear(experts_of(self.layers[index], self.family), "down_proj", expert)
+                name = f"layer {index}, expert {expert}"
+                down[expert] = ThinnedLinear(matrix, torch.tensor(own), name, self.method, self.precision)
+            targets["down"] = ThinnedExperts(down)
         return targets
 
-    def _dense(self, index: int, targets: dict[str, ThinnedLinear]) -> dict[str, Replacement]:
+    def _dense(self, index: int, targets: dict[str, Any]) -> dict[str, Replacement]:
         """Both Linears against the dense block's own inputs, in one pass."""
 
         def step(rows: slice) -> None:
@@ -166,12 +175,12 @@ class _Sweep(Blocks):
             sums = {part: target.missing(seen[part][0]) for part, target in targets.items()}
             self.states[0][rows] = out.to(CPU)  # from here on nothing runs out of memory, so nothing is repeated
             for part, target in targets.items():
-                target.equations.merge_(sums[part])
+                target.merge_(sums[part])
 
         self.micro_batches(step, counted=True)
         return {part: target.solved(self.damping) for part, target in targets.items()}
 
-    def _pruned(self, index: int, targets: dict[str, ThinnedLinear]) -> dict[str, Replacement]:
+    def _pruned(self, index: int, targets: dict[str, Any]) -> dict[str, Replacement]:
         """o against the inputs that the pruned blocks before give it, then down against those with the new o."""
         found: dict[str, Replacement] = {}
 
@@ -182,18 +191,18 @@ class _Sweep(Blocks):
                 if "o" in targets:
                     self.block(index, self.states[1][rows].to(self.device))
             sums = targets["o"].gap(seen["o"][0], dense["o"][1]) if "o" in targets else None
-            if "down" in dense:  # experts keep theirs
+            if self.family.experts is None:  # they keep what they have
                 self.states[2][rows] = dense["down"][1].view_as(out).to(CPU)
             self.states[0][rows] = out.to(CPU)  # from here on nothing runs out of memory, so nothing is repeated
             if sums is not None:
-                targets["o"].equations.merge_(sums)
+                targets["o"].merge_(sums)
 
         def mlp(rows: slice) -> None:
             if "down" in targets:
                 with self._watched(index) as seen:
                     self.block(index, self.states[1][rows].to(self.device))
                 target = targets["down"]
-                target.equations.merge_(target.gap(seen["down"][0], self.states[2][rows].to(self.device)))
+                target.merge_(target.gap(seen["down"][0], self.states[2][rows].to(self.device)))
 
         def output(rows: slice) -> None:
             out = self.finite(self.block(index, self.states[1][rows].to(self.device)), index, rows)
@@ -211,10 +220,17 @@ class _Sweep(Blocks):
         return found
 
     @contextmanager
-    def _watched(self, index: int) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-        """{part: (inputs, outputs)} of the latest forward of o and down while the context is open."""
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
+    def _watched(self, index: int) -> Iterator[dict[str, Any]]:
+        """{part: (inputs, outputs)} of the latest forward of o and down while the context is open.
+
+        Of experts the inputs of down are one tensor per expert, and there are no outputs.
+        """
+        seen: dict[str, Any] = {}
         undo = Undo()
+
+        def watch_experts(rows: Tensor, routing: Routing) -> Tensor:
+            seen["down"] = rows.split(routing.counts), None
+            return rows
 
         def watch(part: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             seen[part] = args[0], output
@@ -223,6 +239,8 @@ class _Sweep(Blocks):
             for part, linear in linears_of(self.layers[index], self.family).items():
                 if part in IN_PARTS:
                     undo.add(linear.register_forward_hook(partial(watch, part)).remove)
+            if self.family.experts is not None:
+                undo.add(patch_experts(self.layers[index], self.family, watch_experts))
             yield seen
         finally:
             undo.restore()
@@ -240,11 +258,21 @@ def check_compensate(method: str, data: Any) -> None:
 
 
 def refuse_experts(units: Units, method: str) -> None:
-    """Raise ValueError for compensating what pruning takes from experts."""
-    if method != "none" and any(layer.experts for layer in units.layers):
+    """Raise ValueError for a compensation that experts cannot have."""
+    if method == "bias" and any(layer.experts for layer in units.layers):
         raise ValueError(
-            f'compensate {method!r} is not supported for the experts of a {units.family} model: expected "none"'
+            f"compensate 'bias' is not supported for the experts of a {units.family} model, which have no biases: "
+            'expected "least_squares" or "none"'
         )
+
+
+def _check_experts(plan: Plan, method: str, inputs: str) -> None:
+    for index, (layer, sizes) in enumerate(zip(plan.layers, plan.units.layers, strict=True)):
+        if sizes.experts and layer.width < sizes.intermediate_size and (method, inputs) != ("least_squares", "dense"):
+            raise ValueError(
+                f"experts are compensated by method 'least_squares' with inputs 'dense' only; layer {index} loses "
+                f"channels of its experts, got {method!r} and {inputs!r}"
+            )
 
 
 def _check_options(method: str, inputs: str, damping: float | str) -> None:
@@ -262,6 +290,6 @@ def _equations_bytes(plan: Plan) -> int:
     """Bytes of the largest layer's sums, in float64, and of one micro-batch's, in fp32."""
     largest = 0
     for sizes, kept in zip(plan.units.layers, plan.layers, strict=True):
-        widths = [len(kept.features(part, sizes)) for part in IN_PARTS]
+        widths = [len(kept.features("o", sizes)), *[kept.width] * max(1, len(kept.experts))]
         largest = max(largest, sum(width * (width + sizes.hidden_size) for width in widths))
     return 12 * largest

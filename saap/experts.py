@@ -6,7 +6,6 @@ with their row of the router. Shapes: gate_up_proj (E, 2 F, D), gate before up; 
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -148,23 +147,27 @@ def grouped(rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
     return torch.cat([F.linear(part, matrix) for part, matrix in zip(rows.split(counts), weight, strict=True)])
 
 
-def mask_experts(layer: nn.Module, family: Family, mask: Tensor) -> Callable[[], None]:
-    """Multiply the hidden states of all experts by mask (E * F,) until the returned function is called."""
+def patch_experts(layer: nn.Module, family: Family, inner: Callable[[Tensor, Routing], Tensor]) -> Callable[[], None]:
+    """Put hidden states of all experts, sorted rows (n, F), through ``inner`` until the returned function is called."""
     experts = experts_of(layer, family)
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         first, second = experts.gate_up_proj, experts.down_proj
         routing = Routing(top_k_index, len(second))
-        scales = mask.view(len(second), -1)[routing.experts]  # [n, F]
-        gate_up: Callable[..., Tensor] = partial(grouped, weight=first, counts=routing.counts)
         return routing.run(
-            experts, hidden_states, top_k_weights, gate_up,
-            lambda hidden: grouped(hidden * scales, second, routing.counts),
+            experts, hidden_states, top_k_weights,
+            lambda rows: grouped(rows, first, routing.counts),
+            lambda rows: grouped(inner(rows, routing), second, routing.counts),
         )  # fmt: skip
 
     undo = Undo()
     undo.patch_forward(experts, forward)
     return undo.restore
+
+
+def mask_experts(layer: nn.Module, family: Family, mask: Tensor) -> Callable[[], None]:
+    """Multiply the hidden states of all experts by mask (E * F,) until the returned function is called."""
+    return patch_experts(layer, family, lambda rows, routing: rows * mask.view(-1, rows.shape[1])[routing.experts])
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ def kept_of(plan: Plan, index: int, part: str) -> Tensor:
 def test_dense_inputs_give_the_ridge_solution(family: str) -> None:
     model = tiny_model("llama", **PLAIN) if family == "plain llama" else tiny_model(family)
     plan = make_plan(model)
-    if family in MIXTURES:  # of which only o is compensated
+    if family in MIXTURES:  # whose experts have tests of their own
         plan = Plan(plan.units, tuple(LayerPlan(layer.kv_heads, tuple(range(96))) for layer in plan.layers))
     found = saap.compensation(model, plan, **OPTIONS, inputs="dense", damping=DAMPING)
     for (index, part), (x, y) in operands(model).items():

@@ -220,30 +220,3 @@ def test_steps_drop_experts_once_and_reach_the_ratio() -> None:
     assert done.plan.settings["keep_experts"] == 3 and discover(model).total_parameters == (
         done.plan.units.total_parameters - done.plan.removed_parameters
     )  # fmt: skip
-
-
-def test_compensation_of_experts_is_refused_before_calibration() -> None:
-    model = tiny_model("mixtral", torch.float32)
-    for method in ("bias", "least_squares"):
-        with pytest.raises(ValueError, match=f"compensate '{method}' is not supported for the experts of a mixtral"):
-            saap.prune(model, data=[], ratio=0.3, compensate=method)
-        plan = search(scored(discover(model)), 0.3, multiple=8)
-        with pytest.raises(ValueError, match="compensation of experts is not supported: layer . loses"):
-            saap.compensation(model, plan, data=token_ids(), method=method, samples=4, seq_len=12)
-
-
-@pytest.mark.parametrize("inputs", ["dense", "pruned"])
-@pytest.mark.parametrize("method", ["bias", "least_squares"])
-def test_attention_of_a_mixture_is_compensated(method: str, inputs: str) -> None:
-    model, ids = tiny_model("qwen3_moe"), token_ids(6)
-    plan = search(scored(discover(model)), 0.03, modules=("attention",))
-    options = {"data": ids, "samples": 6, "seq_len": 12, "method": method, "inputs": inputs}
-    found = saap.compensation(model, plan, **options)
-    assert {part for layer in found.layers for part in layer} == {"o"}
-    with torch.no_grad():
-        dense = model.base_model(ids).last_hidden_state
-        errors = [
-            (saap.compact(model, plan, fix, copy=True).base_model(ids).last_hidden_state - dense).square().mean()
-            for fix in (None, found)
-        ]
-    assert errors[1] < errors[0]
