@@ -14,6 +14,7 @@ from saap.determinism import deterministic_kernels
 from saap.families import family_of, layers_of
 from saap.loss import backward_sequence_losses, sequence_spans
 from saap.micro_batches import Progress, fit_micro_batches, in_micro_batches
+from saap.plan import to_ranges
 from saap.refuse import refuse_nonfinite_weights
 from saap.statistics import Statistics
 from saap.stream import Streaming, resolve_streaming, stream_collect, streamed_bytes
@@ -96,8 +97,8 @@ def calibrate(
 def warn_of_unrouted(statistics: Statistics) -> None:
     """Say which experts no calibration token was routed to: nothing is known of them, and they are dropped first."""
     found = statistics.unrouted()
-    if found:
-        named = "; ".join(f"layer {index}: {', '.join(map(str, experts))}" for index, experts in found.items())
+    if found and distributed.rank() == 0:
+        named = "; ".join(f"layer {index}: {to_ranges(experts)}" for index, experts in found.items())
         warnings.warn(f"no calibration token was routed to these experts, which score 0: {named}", stacklevel=3)
 
 

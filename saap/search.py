@@ -70,22 +70,16 @@ def search(
     resource = named_resource(resource)
     resource.check(units)
     whole, of_what = resource.whole(units, ratio_of), f"{ratio_of} {resource.unit}"
-    kept, gone = None, 0.0  # experts, and what those that are dropped save
-    if keep_experts is not None:
-        kept = kept_experts(scores, keep_experts, protected)
-        scores = without_dropped(scores, kept)
-        gone = whole - resource.whole(scores.units, ratio_of)
-    if keep_experts is not None and ratio is None and budget is None:
-        target = 0.0
-    else:
+    kept = None if keep_experts is None else kept_experts(scores, keep_experts, protected)
+    left = scores if kept is None else without_dropped(scores, kept)
+    gone = whole - resource.whole(left.units, ratio_of)  # what dropped experts save
+    if kept is None or ratio is not None or budget is not None:
         target = _target(whole, ratio, budget, resource, ratio_of) - gone
-    if ratio is not None and target < -1e-9 * whole:
-        raise ValueError(
-            f"keep_experts={keep_experts} alone removes {math.ceil(gone / whole * 1e4) / 1e4:.4f} of the {of_what}: "
-            f"expected a ratio of at least that, got {ratio}"
-        )
+        _check_dropped(ratio, target, gone, whole, keep_experts, of_what)
+    else:
+        target = 0.0
     candidates = _candidates(
-        _ranked(scores, method, fluctuation_weight), protected, modules, multiple, resource,
+        _ranked(left, method, fluctuation_weight), protected, modules, multiple, resource,
         by_unit=method in ("standardised", "fluctuation"), allow_empty=allow_empty,
     )  # fmt: skip
     _check_reachable(candidates.values(), target, gone, whole, of_what)
@@ -95,9 +89,8 @@ def search(
         removed = same_everywhere(candidates, target, whole, cheapest=method != "uniform", gone=gone)
     else:
         removed = in_order_of_density(candidates, target)
-    layers = _layers(scores.units, candidates, removed)
-    if kept is not None:
-        layers = as_before(layers, units, kept)
+    layers = _layers(left.units, candidates, removed)
+    layers = layers if kept is None else as_before(layers, units, kept)
     settings: dict[str, Any] = scores.settings | {
         "search": method,
         "ratio": ratio,
@@ -179,6 +172,16 @@ def _check_reachable(
         raise ValueError(
             f"cannot remove {target / whole:.4f} of the {of_what}: the largest reachable ratio with "
             f"these constraints is {int(largest / whole * 1e4) / 1e4:.4f}"
+        )
+
+
+def _check_dropped(
+    ratio: float | None, target: float, gone: float, whole: float, keep: int | None, of_what: str
+) -> None:  # fmt: skip
+    if ratio is not None and target < -1e-9 * whole:
+        raise ValueError(
+            f"keep_experts={keep} alone removes {math.ceil(gone / whole * 1e4) / 1e4:.4f} of the {of_what}: "
+            f"expected a ratio of at least that, got {ratio}"
         )
 
 

@@ -134,7 +134,9 @@ def test_coupled_saliences_are_means_over_all_sequences() -> None:
 
 def test_an_expert_without_tokens_scores_zero_is_named_and_does_no_harm() -> None:
     model, ids = with_an_idle_expert(tiny_model("mixtral", torch.float32)), token_ids(6)
-    with pytest.warns(UserWarning, match="no calibration token was routed to these experts.*: layer 1: 2$"):
+    with pytest.warns(
+        UserWarning, match="no calibration token was routed to these experts, which score 0: layer 1: 2$"
+    ):
         statistics = calibrate(model, data=ids, samples=6, seq_len=12)
     assert statistics.unrouted() == {1: (2,)}
     scores = saap.score(statistics)
