@@ -162,7 +162,7 @@ class _Sweep(Blocks):
             for expert, own in zip(kept.experts, kept.channels_by_expert(sizes), strict=True):
                 matrix = ExpertLinear(experts_of(self.layers[index], self.family), "down_proj", expert)
                 name = f"layer {index}, expert {expert}"
-                down[expert] = ThinnedLinear(matrix, torch.tensor(own), name, self.method, self.precision)
+                down[expert] = ThinnedLinear(matrix, own, name, self.method, self.precision)
             targets["down"] = ThinnedExperts(down)
         return targets
 

@@ -171,14 +171,14 @@ def mask_experts(layer: nn.Module, family: Family, mask: Tensor) -> Callable[[],
 
 
 @torch.no_grad()
-def cut_experts(layer: nn.Module, family: Family, kept: tuple[int, ...], channels: list[list[int]]) -> None:
-    """Leave the experts ``kept`` in a layer, each with its own ``channels``, equally many, and their router rows."""
+def cut_experts(layer: nn.Module, family: Family, kept: tuple[int, ...], channels: Tensor) -> None:
+    """Leave the experts ``kept`` (K,) in a layer, each with its own channels (K, w), and their rows of the router."""
     experts, router = experts_of(layer, family), router_of(layer, family)
     first, second = experts.gate_up_proj, experts.down_proj
     width = second.shape[2]
-    if len(kept) == len(second) and all(len(own) == width for own in channels):
+    if len(kept) == len(second) and channels.shape[1] == width:
         return
-    rows = torch.tensor(channels, device=second.device)  # [K, w]
+    rows = channels.to(second.device)
     experts.gate_up_proj = _stacked(first, 0, kept, torch.cat([rows, rows + width], 1))
     experts.down_proj = _stacked(second, 1, kept, rows)
     router.weight = _like(router.weight, router.weight[list(kept)])

@@ -34,14 +34,10 @@ class LayerPlan:
         """Width of the MLP that is left, or of each expert."""
         return len(self.channels) // max(1, len(self.experts))
 
-    def channels_by_expert(self, sizes: LayerUnits) -> list[list[int]]:
-        """Channels of every kept expert, numbered within it."""
-        start = {expert: expert * sizes.intermediate_size for expert in self.experts}
-        found: dict[int, list[int]] = {expert: [] for expert in self.experts}
-        for channel in self.channels:
-            expert = channel // sizes.intermediate_size
-            found[expert].append(channel - start[expert])
-        return list(found.values())
+    def channels_by_expert(self, sizes: LayerUnits) -> Tensor:
+        """Channels of every kept expert, numbered within it: (experts, width) int64."""
+        channels = torch.tensor(self.channels, dtype=torch.long).view(len(self.experts), -1)
+        return channels - torch.tensor(self.experts)[:, None] * sizes.intermediate_size
 
     def features(self, part: str, sizes: LayerUnits) -> Tensor:
         """Rows of a part's weight that stay, or columns of o and down: ascending, int64."""
@@ -256,14 +252,17 @@ def _check_experts(layer: LayerPlan, sizes: LayerUnits, name: str) -> None:
             f"{name}: expected at least the {sizes.experts_per_token} experts that a token goes through, "
             f"got {len(layer.experts)}"
         )
-    counts = dict.fromkeys(layer.experts, 0)
-    for channel in layer.channels:
-        expert = channel // sizes.intermediate_size
-        if expert not in counts:
-            raise ValueError(f"{name}: channel {channel} is of expert {expert}, which is not kept")
-        counts[expert] += 1
-    if len(set(counts.values())) != 1 or not layer.channels:
-        raise ValueError(f"{name}: expected equally many channels of every kept expert, at least one, got {counts}")
+    owners = torch.tensor(layer.channels, dtype=torch.long) // sizes.intermediate_size
+    counts = torch.bincount(owners, minlength=sizes.experts)
+    gone = torch.isin(owners, torch.tensor(layer.experts), invert=True)
+    if gone.any():
+        first = int(gone.int().argmax())
+        raise ValueError(
+            f"{name}: channel {layer.channels[first]} is of expert {int(owners[first])}, which is not kept"
+        )
+    found = dict(zip(layer.experts, counts[list(layer.experts)].tolist(), strict=True))
+    if len(set(found.values())) != 1 or not layer.channels:
+        raise ValueError(f"{name}: expected equally many channels of every kept expert, at least one, got {found}")
     if layer.width != sizes.intermediate_size and layer.width % GROUPED_MULTIPLE:
         raise ValueError(
             f"{name}: expected a multiple of {GROUPED_MULTIPLE} channels per expert, which transformers' grouped "

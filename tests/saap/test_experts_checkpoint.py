@@ -102,7 +102,7 @@ def test_experts_hold_exactly_the_kept_channels_in_their_order() -> None:
     compact(model, plan)
     kept = plan.layers[1]
     for row, (expert, own) in enumerate(zip(kept.experts, kept.channels_by_expert(plan.units.layers[1]), strict=True)):
-        both = own + [24 + channel for channel in own]
+        both = torch.cat([own, own + 24])
         assert torch.equal(experts.gate_up_proj[row], before[0][expert][both])
         assert torch.equal(experts.down_proj[row], before[1][expert][:, own])
         assert torch.equal(router.weight[row], before[2][expert])

@@ -62,7 +62,7 @@ def test_each_expert_keeps_its_own_best_channels() -> None:
         for row, own in zip(
             scores.layer(index, "mlp").view(3, 32), layer.channels_by_expert(units.layers[0]), strict=True
         ):
-            assert own == sorted(row.topk(layer.width).indices.tolist())
+            assert own.tolist() == sorted(row.topk(layer.width).indices.tolist())
 
 
 @pytest.mark.parametrize("method", ["global", "standardised", "fluctuation", "uniform"])
