@@ -104,7 +104,7 @@ class _Call:
             lines, inputs = saap_kernels.activation_salience_statistics(x, dx, self._spans(), want=INPUT_SUMS)
             record = batch.layers[self.index]["mlp"]
             sums = self._spread(inputs).flatten(2)  # [4, S, E * F]
-            # no shift: with zeros for tokens elsewhere the variance is never small beside the squared mean
+            # no shift: with zeros for tokens elsewhere the variance is not small beside the squared mean
             record.put_inputs(sums.new_zeros(sums.shape[-1]).double(), sums, batch.lengths(x.device), batch.tokens)
             self._put("down", self._spread(lines), x, dy, self.experts.down_proj, "in")
         record.sums["experts"] = self._routed(x.device)
@@ -112,12 +112,10 @@ class _Call:
     def _routed(self, device: torch.device) -> Tensor:
         """(2, E) means over the batch's tokens of g ||f(x)||, and of being routed to the expert; float64."""
         routed = (self.ranges[..., 1] - self.ranges[..., 0]).sum(1)  # [E]
-        bounds = self.batch.spans.flatten().to(self.routing.tokens)
-        inside = torch.searchsorted(bounds, self.routing.tokens, right=True) % 2  # 0 for padding
+        inside = self.routing.places(self.batch.spans) % 2  # 0 for padding
         parts = (self.outputs.double() * inside).split(self.routing.counts)
-        return (
-            torch.stack([torch.stack([part.sum() for part in parts]), routed.double().to(device)]) / self.batch.tokens
-        )
+        sums = torch.stack([part.sum() for part in parts])
+        return torch.stack([sums, routed.double().to(device)]) / self.batch.tokens
 
     def _spans(self) -> Tensor:
         """Every sequence of every expert that has rows, (P, 2): one launch takes them all."""

@@ -128,15 +128,17 @@ class Routing:
         back[self.order] = torch.arange(len(back), device=back.device)
         return rows[back].unflatten(0, (-1, self.per_token)).sum(1).to(hidden.dtype)  # no order of atomic additions
 
+    def places(self, spans: Tensor) -> Tensor:
+        """(n,): 2 s + 1 for pairs whose token is in sequence s of spans (S, 2), even numbers for tokens between."""
+        return torch.searchsorted(spans.flatten().to(self.tokens), self.tokens, right=True)
+
     def rows_of_sequences(self, spans: Tensor) -> Tensor:
         """Rows of each expert that belong to each sequence, half-open ranges (E, S, 2) int64 on the CPU.
 
         spans (S, 2) are the sequences' row ranges in the tokens, increasing and disjoint.
         """
-        bounds = spans.flatten().to(self.tokens)
-        place = torch.searchsorted(bounds, self.tokens, right=True)  # 2 s + 1 inside of sequence s
-        places = len(bounds) + 1
-        keys = self.experts * places + place
+        places = 2 * len(spans) + 1
+        keys = self.experts * places + self.places(spans)
         counts = torch.bincount(keys, minlength=len(self.counts) * places).cpu()
         stops = counts.cumsum(0)
         return torch.stack([stops - counts, stops], -1).view(-1, places, 2)[:, 1::2]

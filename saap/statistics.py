@@ -105,8 +105,8 @@ class Statistics:
 
     ``influence`` (L,) is each decoder layer's block influence: the mean over tokens of 1 - cos(input, output).
     ``experts`` (2, X), X experts of all layers one after another: the mean over tokens of g ||f(x)||, the router's
-    weight times the norm of the expert's output, 0 where the token went elsewhere (REAP, Lasby et al.,
-    arXiv 2510.13999), and the share of tokens that are routed to the expert.
+    weight times the norm of the expert's output, 0 where the token went elsewhere, and the share of tokens that are
+    routed to the expert; their ratio is REAP's criterion (Lasby et al., arXiv 2510.13999, equation 9).
     ``data`` holds a fingerprint of each merged calibration set, ``settings`` how it was made.
     """
 

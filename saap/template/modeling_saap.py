@@ -96,7 +96,7 @@ class _Resized:
     def _rebuild(self, layer, path, config):
         old = layer.get_submodule(path)
         like = next(old.parameters())
-        with warnings.catch_warnings(), like.device:
+        with like.device:
             new = type(old)(config).to(like.dtype)
         for module in new.modules():
             if not like.is_meta:
