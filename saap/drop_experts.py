@@ -1,8 +1,8 @@
 """Whole experts that go before the search: each layer keeps those of the highest router-weighted importance.
 
 The importance of an expert is the mean over all tokens of g ||f(x)||_2, the router's weight times the norm of its
-output, zero where the token is routed elsewhere. After REAP (Lasby et al., arXiv 2510.13999, equation 9), which takes the
-mean over the tokens that are routed to the expert: ours times how often it is used, both rows of ``Statistics.experts``.
+output, zero where the token is routed elsewhere. After REAP (Lasby et al., arXiv 2510.13999, equation 9), which takes
+the mean over an expert's own tokens; ours is that times the share of tokens it gets, see ``Statistics.experts``.
 """
 
 from collections.abc import Collection
