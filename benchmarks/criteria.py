@@ -70,7 +70,12 @@ def measure_cells(
         for case in cases:
             for ratio in ratios:
                 recipe = Recipe(
-                    case.criterion, {"ratio_of": "blocks", **case.search}, settings, case.compensate, case.steps
+                    case.criterion,
+                    {"ratio_of": "blocks", **case.search},
+                    settings,
+                    case.compensate,
+                    case.steps,
+                    case.inputs,
                 )
                 pruned = prune_in_steps(model, tokenizer, data, ratio, recipe, statistics=statistics, copy=True).model
                 found = perplexity(pruned, tokenizer, [ids])

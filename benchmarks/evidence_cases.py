@@ -22,6 +22,7 @@ class Case:
     search: dict[str, Any] = field(default_factory=dict)
     compensate: str = "none"
     steps: int = 1
+    inputs: str = "auto"
 
 
 def _criteria() -> list[Case]:
@@ -82,8 +83,10 @@ def _pipelines() -> list[Case]:
         Case("magnitude, local", "pipelines", magnitude, local),
         Case("saap, bias", "pipelines", saap, {}, "bias"),
         Case("saap, least squares", "pipelines", saap, {}, "least_squares"),
+        Case("saap, least squares, dense inputs", "pipelines", saap, {}, "least_squares", 1, "dense"),
         Case("saap, 4 steps", "pipelines", saap, {}, "none", 4),
         Case("saap, 4 steps, least squares", "pipelines", saap, {}, "least_squares", 4),
+        Case("saap, 4 steps, least squares, dense inputs", "pipelines", saap, {}, "least_squares", 4, "dense"),
         Case(
             "mask gradient, least squares", "pipelines", partial(score, criterion="mask_gradient"), {}, "least_squares"
         ),

@@ -1,5 +1,6 @@
 """Calibration: one forward and one backward pass over sample text, giving Statistics."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from saap.determinism import deterministic_kernels
 from saap.families import family_of, layers_of
 from saap.loss import backward_sequence_losses, sequence_spans
 from saap.micro_batches import Progress, fit_micro_batches, in_micro_batches
+from saap.plan import to_ranges
 from saap.refuse import refuse_nonfinite_weights
 from saap.statistics import Statistics
 from saap.stream import Streaming, resolve_streaming, stream_collect, streamed_bytes
@@ -81,6 +83,7 @@ def calibrate(
             stream_collect(collector, mine, fit.batch, streaming, progress)
     statistics = collector.statistics
     distributed.all_reduce(statistics)
+    warn_of_unrouted(statistics)
     statistics.data = (data_fingerprint(ids),)
     statistics.settings = {
         "samples": samples,
@@ -89,6 +92,14 @@ def calibrate(
         "dtype": str(dtype).removeprefix("torch."),
     }
     return statistics
+
+
+def warn_of_unrouted(statistics: Statistics) -> None:
+    """Say which experts no calibration token was routed to: nothing is known of them, and they are dropped first."""
+    found = statistics.unrouted()
+    if found and distributed.rank() == 0:
+        named = "; ".join(f"layer {index}: {to_ranges(experts)}" for index, experts in found.items())
+        warnings.warn(f"no calibration token was routed to these experts, which score 0: {named}", stacklevel=3)
 
 
 def _collect_all(collector: Collector, ids: Tensor, batch: int, progress: Progress | None) -> None:

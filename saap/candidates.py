@@ -15,9 +15,10 @@ Key = tuple[int, str]  # layer and module
 class Candidates:
     """What can be removed from one module of one layer, in order of rising score.
 
-    One candidate is one KV head, or as many channels as keep the width a multiple. ``order`` lists the
-    units by score, ``ends[i]`` is how many units are gone after i candidates; ``saved`` and ``lost`` are what
-    those candidates save of the resource and lose of the score together, both (n + 1,) from 0 on.
+    One candidate is one KV head, or as many channels as keep the width a multiple: of every expert, because all
+    experts of a layer have one width, each its own lowest. ``order`` (E, n) lists the units of each expert by
+    score, E 1 without experts; ``ends[i]`` is how many units of each are gone after i candidates; ``saved`` and
+    ``lost`` are what those candidates save of the resource and lose of the score together, both (n + 1,) from 0 on.
     """
 
     order: Tensor
@@ -35,23 +36,25 @@ class Candidates:
         ``allow_empty`` lets the last KV head or the last multiple of channels go too.
         """
         sizes = scores.units.layers[layer]
-        values, order = scores.layer(layer, module).sort(stable=True)
-        count = len(values)
+        rows = max(1, sizes.experts) if module == "mlp" else 1
+        values, order = scores.layer(layer, module).view(rows, -1).sort(stable=True)
+        count = values.shape[1]
+        order = order + torch.arange(rows)[:, None] * count
         if module == "attention":
             ends = torch.arange(count + 1 if allow_empty else max(1, count))
         else:
             first = count % multiple or multiple  # the first step brings the width to a multiple
             ends = torch.tensor([0, *range(first, count + 1 - (0 if allow_empty else multiple), multiple)])
-        cost = resource.module(sizes, module, (count - ends).double())
+        cost = resource.module(sizes, module, (count - ends).double() * rows)
         saved = (cost[0] - cost).cummax(0).values  # where a smaller size is no faster nothing is saved
-        lost = torch.cat([values.new_zeros(1), values.cumsum(0)])[ends]
+        lost = torch.cat([values.new_zeros(1), values.sum(0).cumsum(0)])[ends]
         if by_unit:
-            lost = torch.cat([lost[:1], (lost.diff() / ends.diff() * saved.diff()).cumsum(0)])
+            lost = torch.cat([lost[:1], (lost.diff() / (ends.diff() * rows) * saved.diff()).cumsum(0)])
         return cls(order, ends, saved, lost)
 
     def kept(self, removed: int) -> tuple[int, ...]:
         """Indices kept after removing the first ``removed`` candidates, ascending."""
-        return tuple(self.order[int(self.ends[removed]) :].sort().values.tolist())
+        return tuple(self.order[:, int(self.ends[removed]) :].flatten().sort().values.tolist())
 
     def steps(self) -> tuple[Tensor, Tensor]:
         """Ends (m,) and densities (m,) of the steps that a ranking takes: lost score per saved resource, rising.
@@ -101,12 +104,13 @@ def in_order_of_density(candidates: dict[Key, Candidates], target: float) -> dic
 
 
 def same_everywhere(
-    candidates: dict[Key, Candidates], target: float, whole: float, *, cheapest: bool
+    candidates: dict[Key, Candidates], target: float, whole: float, *, cheapest: bool, gone: float = 0.0
 ) -> dict[Key, int]:
     """Remove the same number of candidates per module from every layer.
 
     ``cheapest`` tries every number of KV heads and keeps the one of lowest total score; otherwise
     the number of heads nearest to the asked share is used, or the next one that reaches the target.
+    ``gone`` is what was saved before, for the error.
     """
     heads_saved, heads_lost = _over_layers(candidates, "attention")
     steps_saved, steps_lost = _over_layers(candidates, "mlp")
@@ -125,10 +129,10 @@ def same_everywhere(
         if best is None or loss < best[0]:
             best = (loss, removed_heads, removed_steps)
     if best is None:
-        largest = float(heads_saved[-1] + steps_saved[-1]) / whole
+        largest = (float(heads_saved[-1] + steps_saved[-1]) + gone) / whole
         raise ValueError(
-            f"cannot remove {target / whole:.4f} by taking the same from every layer: the largest reachable ratio so "
-            f"is {int(largest * 1e4) / 1e4:.4f}; other methods than uniform reach more"
+            f"cannot remove {(target + gone) / whole:.4f} by taking the same from every layer: the largest reachable "
+            f"ratio so is {int(largest * 1e4) / 1e4:.4f}; other methods than uniform reach more"
         )
     return {(layer, module): best[1] if module == "attention" else best[2] for layer, module in candidates}
 

@@ -17,7 +17,7 @@ A structurally pruned causal language model: whole KV groups and MLP channels we
 |---|---|
 | parameters | {parameters:,} |
 {removed}| KV heads per layer | {heads} |
-| MLP width per layer | {widths} |
+{experts}| {mlp} per layer | {widths} |
 
 ## Load it
 
@@ -45,6 +45,8 @@ def model_card(model: PreTrainedModel, units: Units, plan: Plan | None, version:
             f"| removed | {plan.ratio:.2%} of all parameters, {plan.block_ratio:.2%} of the blocks' |\n"
             f"| made with | {settings} |\n"
         )
+    kept = ", ".join(str(layer.experts) for layer in units.layers)
+    mixture = any(layer.experts for layer in units.layers)
     template = type(model).__name__.startswith("Saap")
     return _CARD.format(
         title=f"Pruned {units.family}",
@@ -53,5 +55,7 @@ def model_card(model: PreTrainedModel, units: Units, plan: Plan | None, version:
         removed=removed,
         heads=", ".join(str(layer.kv_heads) for layer in units.layers),
         widths=", ".join(str(layer.intermediate_size) for layer in units.layers),
+        experts=f"| experts per layer | {kept} |\n" if mixture else "",
+        mlp="width of each expert" if mixture else "MLP width",
         loading=_TEMPLATE if template else _STOCK.format(kind=type(model).__name__),
     )

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from saap.card import model_card
 from saap.compact import PLAN_ATTRIBUTE
-from saap.families import Family, family_of
+from saap.families import Family, family_of, is_mixture
 from saap.layout import LAYOUTS, adopt, describe_as_mistral, describe_as_stock, describe_as_template, is_template
 from saap.plan import Plan
 from saap.refuse import refuse_unsupported
@@ -72,7 +72,8 @@ def refuse_existing(path: Path, force: bool) -> None:
 def load(path: str | os.PathLike[str], dtype: torch.dtype | str | None = None) -> PreTrainedModel:
     """Load a dense or pruned causal language model, in the dtype its configuration states unless given.
 
-    ``path`` is a directory or a hub name. A model with an attention softcap gets eager attention. Raises
+    ``path`` is a directory or a hub name. A model with an attention softcap gets eager attention,
+    float64 experts eager products. Raises
     ValueError naming a damaged safetensors file and FileNotFoundError for a directory without a configuration.
     """
     folder = Path(path)
@@ -86,6 +87,8 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype | str | None = None) -
     model = AutoModelForCausalLM.from_pretrained(str(path), **({} if dtype is None else {"dtype": dtype}))
     if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")  # sdpa leaves the softcap out; transformers 5.17 takes it all the same
+    if is_mixture(model) and model.dtype == torch.float64 and model.config._experts_implementation == "grouped_mm":
+        model.set_experts_implementation("eager")  # torch's grouped products take no float64
     return model.eval()
 
 
@@ -141,6 +144,7 @@ def _stock_twin(model: PreTrainedModel, family: Family, units: Units, required: 
 def _share_weights(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """A stock model over the same tensors; raises ValueError unless its logits are bitwise equal."""
     config._attn_implementation = model.config._attn_implementation
+    config._experts_implementation = model.config._experts_implementation
     with torch.device("meta"):
         twin = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     state, known = model.state_dict(), twin.state_dict()

@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 import saap_kernels
-from saap.families import Family, Projection, family_of, layers_of, projections_by_linear, projections_of
+from saap.expert_record import ExpertRecorder
+from saap.experts import each_projection, experts_of
+from saap.families import Family, Projection, family_of, layers_of, projections_by_linear
 from saap.record import BatchRecord, LayerRecord, RecordedLinear, operands
 from saap.statistics import COUPLED, Statistics, merge_feature_moments
 from saap.undo import Undo
@@ -85,6 +87,9 @@ class Collector:
                 if not self.statistics.units.layers[index].count(module_of(next(iter(parts)))):
                     continue  # an attention or MLP of which nothing is left
                 self._undo.patch_forward(linear, self._recorded_forward(index, linear, parts))
+            if self.family.experts is not None:
+                experts = experts_of(layer, self.family)
+                self._undo.patch_forward(experts, ExpertRecorder(self, index, experts).forward)
             if self._read_weights:
                 self.measure_weights(index)
             self._undo.add(layer.register_forward_hook(partial(self._watch, index), with_kwargs=True).remove)
@@ -229,7 +234,7 @@ class Collector:
     def _fold(self, index: int, name: str, record: LayerRecord, batch: BatchRecord) -> None:
         module, start = self.statistics.modules[name], self._offsets[name][index]
         units, new = record.sums["signed"].shape[-1], len(batch.spans)
-        sequences, _ = self._folded[index]
+        sequences, tokens = self._folded[index]
         moments = module.salience.narrow(start, units)
         moments.count = sequences  # of this layer; another may have seen more or fewer
         moments.merge_(record.moments(new))
@@ -237,14 +242,17 @@ class Collector:
         if "coupled" in record.sums:
             assert module.coupled is not None  # made on construction
             module.coupled[..., start : start + units] = record.sums["coupled"]
+        if "experts" in record.sums:
+            experts = self.statistics.experts[:, slice(*self.statistics.units.expert_offsets()[index : index + 2])]
+            experts += (record.sums["experts"] - experts) * (batch.tokens / (tokens + batch.tokens))
         signed = module.signed.narrow(-1, start, units)
         signed += (record.sums["signed"] - signed) * (new / (sequences + new))
 
     def measure_weights(self, index: int) -> None:
         """Read the norms of one layer's weights."""
         sizes = self.statistics.units.layers[index]
-        projections = projections_of(layers_of(self.model, self.family)[index], self.family)
-        for part, norms in line_norms(projections).items():
+        layer = layers_of(self.model, self.family)[index]
+        for part, norms in line_norms(each_projection(layer, self.family)).items():
             name = module_of(part)
             if not sizes.count(name):
                 continue

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from saap.compensate import Compensation
+from saap.experts import cut_experts, experts_of
 from saap.families import Family, family_of, layers_of, linears_of, projections_by_linear
 from saap.layout import adopt, biases_of_stock, describe_as_stock, describe_as_template, is_template
 from saap.plan import LayerPlan, Plan
@@ -78,6 +79,8 @@ def _cut_layer(layer: nn.Module, family: Family, sizes: LayerUnits, kept: LayerP
             if linear.bias is not None:
                 linear.bias = _parameter(linear.bias, 0, index)
             linear.out_features = len(index)
+    if family.experts is not None:
+        cut_experts(layer, family, kept.experts, kept.channels_by_expert(sizes))
 
 
 @torch.no_grad()
@@ -88,7 +91,10 @@ def _replace(model: PreTrainedModel, family: Family, compensation: Compensation)
     for layer, new in zip(layers_of(model, family), compensation.layers, strict=True):
         linears = linears_of(layer, family)
         for part, found in new.items():
-            if found.weight is not None:
+            if part not in linears and found.weight is not None:
+                experts = experts_of(layer, family)
+                experts.down_proj = _like(experts.down_proj, found.weight)
+            elif found.weight is not None:
                 linears[part].weight = _like(linears[part].weight, found.weight)
             if found.bias is not None:
                 linears[part].bias = _like(linears[part].bias, found.bias)

@@ -59,19 +59,22 @@ class Comparison:
         found = [(name, amount(x, unit), amount(y, unit), change(y, x)) for name, x, y, unit in numbers]
         return found + [(name, x, y, "unchanged" if x == y else "differs") for name, x, y in words]
 
-    def differing_layers(self) -> list[tuple[int, tuple[int, int], tuple[int, int]]]:
-        """(layer, KV heads of a and b, channels of a and b) where they differ; 0 for a layer that one lacks."""
-        heads, channels = _widths(self.a, self.b)
-        columns = zip(heads.before, heads.after, channels.before, channels.after, strict=True)
-        return [(index, (a, b), (c, d)) for index, (a, b, c, d) in enumerate(columns) if a != b or c != d]
+    def differing_layers(self) -> list[tuple[Any, ...]]:
+        """(layer, KV heads of a and b, channels of a and b) where they differ; 0 for a layer that one lacks.
+
+        Of mixtures of experts, the channels of each expert and then the experts.
+        """
+        rows = zip(*(zip(each.before, each.after, strict=True) for each in _widths(self.a, self.b)), strict=True)
+        return [(index, *row) for index, row in enumerate(rows) if any(a != b for a, b in row)]
 
     def to_dict(self) -> dict[str, Any]:
+        names = ("kv_heads", "channels", "experts")  # experts of mixtures only
         return {
             "a": self.a.to_dict(),
             "b": self.b.to_dict(),
             "differing_layers": [
-                {"layer": index, "kv_heads": list(heads), "channels": list(channels)}
-                for index, heads, channels in self.differing_layers()
+                {"layer": index} | {name: list(pair) for name, pair in zip(names, row, strict=False)}
+                for index, *row in self.differing_layers()
             ],
             "evaluation": self.evaluation and self.evaluation.to_dict(),
         }
@@ -111,7 +114,7 @@ def _shared_tokenizer(a: str, b: str) -> PreTrainedTokenizerBase | None:
     return first if first is not None else second
 
 
-def _widths(a: ModelInfo, b: ModelInfo) -> tuple[Widths, Widths]:
+def _widths(a: ModelInfo, b: ModelInfo) -> tuple[Widths, ...]:
     """Sizes per layer; 0 where one model has fewer layers."""
     count = max(len(a.layers), len(b.layers))
 
@@ -119,10 +122,10 @@ def _widths(a: ModelInfo, b: ModelInfo) -> tuple[Widths, Widths]:
         found = [getattr(layer, attribute) for layer in info.layers]
         return found + [0] * (count - len(found))
 
-    return (
-        Widths("KV heads", of(a, "kv_heads"), of(b, "kv_heads")),
-        Widths("MLP channels", of(a, "intermediate_size"), of(b, "intermediate_size")),
-    )
+    mixture = any(layer.experts for layer in a.layers + b.layers)
+    names = {"KV heads": "kv_heads", "channels of each expert" if mixture else "MLP channels": "intermediate_size"}
+    names |= {"experts": "experts"} if mixture else {}
+    return tuple(Widths(name, of(a, attribute), of(b, attribute)) for name, attribute in names.items())
 
 
 def _report(found: Comparison) -> Report:

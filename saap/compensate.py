@@ -1,33 +1,26 @@
 """Compensation: new weights or biases for o and down, so that what a plan removes is missed least."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap import distributed
-from saap.blocks import Blocks, tensors_of
 from saap.calibrate import check_sizes
+from saap.compensation_sweep import Sweep
 from saap.data import pack_for
-from saap.families import family_of, linears_of
-from saap.hidden_states import CPU, HiddenStates
-from saap.micro_batches import Progress, fit_micro_batches
+from saap.micro_batches import Progress
 from saap.plan import Plan
-from saap.refuse import refuse_nonfinite_layer
-from saap.stream import Streaming, resolve_streaming, streamed_bytes
-from saap.thinned_linear import Replacement, ThinnedLinear
+from saap.scores import check_option
+from saap.stream import Streaming, resolve_streaming
+from saap.thinned_linear import Replacement
 from saap.undo import Undo
-from saap.units import IN_PARTS, discover
+from saap.units import Units, discover
 
 COMPENSATIONS = ("none", "bias", "least_squares")
-INPUTS = ("dense", "pruned")
-CAUTION = 30.0  # times the automatic damping, for outputs that a Linear's inputs explain in part only
+INPUTS = ("auto", "dense", "pruned")
 
 
 @dataclass(frozen=True)
@@ -55,7 +48,7 @@ def compensation(
     data: Any = None,
     *,
     method: str = "least_squares",
-    inputs: str = "dense",
+    inputs: str = "auto",
     damping: float | str = "auto",
     samples: int = 128,
     seq_len: int = 512,
@@ -71,12 +64,19 @@ def compensation(
     over calibration tokens, m the mean of the diagonal of X_K' X_K: Y is the dense Linear's output (without its
     bias), b is solved for where the Linear has a bias and 0 otherwise. ``damping`` "auto" is |K| over the tokens.
     Of what calibration says nothing about, such as dead channels, weights stay; a Gram matrix that is still
-    singular gets up to a million times the damping. ``inputs`` "dense" takes X of the dense model, in one pass;
-    "pruned" takes X of the model whose blocks so far are pruned and compensated, o before down, in three passes,
-    for every Linear behind the first that loses some. Y is then what brings the hidden states behind the Linear to
-    those of the dense model, where the block adds its Linears' outputs to them (with post-norms it does not: Y is
-    the dense Linear's output), and "auto" damps thirty times more. ``method`` "bias" leaves the weights and adds the mean of what is missing, with dense inputs W_R mean(x_R)
-    over the removed columns R (FLAP, arXiv 2312.11983), to a bias that is made where there is none.
+    singular gets up to a million times the damping.
+
+    ``inputs`` "dense" takes X of the dense model, in one pass. "pruned" takes X of the model whose blocks so far are
+    pruned and compensated, o before down, in three passes, for every Linear behind the first that loses some. Y is
+    then what brings the hidden states behind the Linear to those of the dense model, where the block adds its
+    Linears' outputs to them (with post-norms it does not: Y is the dense Linear's output), and "auto" damping is
+    thirty times larger, since much of such a Y is not for this Linear to explain. "auto" is "pruned" for least
+    squares unless experts lose channels, otherwise "dense".
+
+    ``method`` "bias" leaves the weights and adds the mean of what is missing, with dense inputs W_R mean(x_R) over
+    the removed columns R (FLAP, arXiv 2312.11983), to a bias that is made where there is none. Of a mixture of
+    experts every expert that stays is solved by itself over the tokens that the dense router sends it, with least
+    squares and dense inputs only; nothing makes up for experts that are dropped, or for one without tokens.
 
     Calibration text and its arguments are those of ``calibrate``; Gram matrices are summed over the ranks of a
     torch.distributed group. Memory beyond the model: one block's Gram matrices in float64, the hidden states on
@@ -87,9 +87,12 @@ def compensation(
     _check_options(method, inputs, damping)
     units = discover(model)
     plan.check_model(units)
+    if inputs == "auto":
+        inputs = "pruned" if method == "least_squares" and _thinned_experts(plan) is None else "dense"
+    _check_experts(plan, method, inputs)
     check_sizes(model, samples, seq_len, batch_size)
     ids = distributed.share(pack_for(model, tokenizer, data, samples=samples, seq_len=seq_len, seed=seed))
-    sweep = _Sweep(model, plan, ids, resolve_streaming(model, stream), method, inputs, damping, batch_size, progress)
+    sweep = Sweep(model, plan, ids, resolve_streaming(model, stream), method, inputs, damping, batch_size, progress)
     undo = Undo()
     undo.eval_mode(model)
     try:
@@ -103,148 +106,11 @@ def compensation(
     return Compensation(plan, layers, settings)
 
 
-class _Sweep(Blocks):
-    """One walk through the blocks; methods in the order they are called.
-
-    ``states`` holds the dense hidden states in 0; for ``inputs`` "pruned" those of the pruned model in 1, and what
-    down shall lead to in 2: the dense block's output where the block ``_adds``, otherwise the dense down's.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, plan: Plan, ids: Tensor, streaming: Streaming | None, method: str, inputs: str,
-        damping: float | str, batch_size: int | str, progress: Progress | None,
-    ) -> None:  # fmt: skip
-        family, units = family_of(model, plan.units.family), plan.units
-        given = streaming or Streaming(device=model.device)
-        device, dtype = given.resolved_device(model), given.dtype or model.dtype
-        taken = _equations_bytes(plan) if method == "least_squares" else 0
-        fit = fit_micro_batches(
-            units, len(ids), ids.shape[1], dtype, device, batch_size=batch_size,
-            streamed_bytes=taken + (0 if streaming is None else streamed_bytes(model, dtype)),
-        )  # fmt: skip
-        shape, pruned = (*ids.shape, units.layers[0].hidden_size), inputs == "pruned"
-        super().__init__(
-            model, family, ids, fit.batch,
-            HiddenStates(3 if pruned else 1, shape, dtype, given.folder),
-            device=device, dtype=given.dtype, progress=progress,
-            total=(3 if pruned else 1) * len(units.layers) * len(ids),
-        )  # fmt: skip
-        self.plan, self.method, self.damping, self.pruned = plan, method, damping, pruned
-        self.precision = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def run(self) -> tuple[dict[str, Replacement], ...]:
-        self.embed()
-        if self.pruned:
-            self.states[1].copy_(self.states[0])
-        found: list[dict[str, Replacement]] = []
-        for index, layer in enumerate(self.layers):
-            targets = self._targets(index, every=self.pruned and any(found))
-            with self.here(tensors_of(layer)):
-                refuse_nonfinite_layer(layer, self.family, index)
-                for target in targets.values():
-                    target.open()
-                found.append((self._pruned if self.pruned else self._dense)(index, targets))
-        return tuple(found)
-
-    def _targets(self, index: int, every: bool) -> dict[str, ThinnedLinear]:
-        """o and down if they lose inputs, or ``every`` one that has some left."""
-        sizes, kept, targets = self.plan.units.layers[index], self.plan.layers[index], {}
-        for part, linear in linears_of(self.layers[index], self.family).items():
-            if part in IN_PARTS:
-                features = kept.features(part, sizes)
-                if len(features) < linear.in_features or (every and len(features)):
-                    name = f"layer {index}, {self.family.path(part)}"
-                    targets[part] = ThinnedLinear(linear, features, name, self.method, self.precision)
-        return targets
-
-    def _dense(self, index: int, targets: dict[str, ThinnedLinear]) -> dict[str, Replacement]:
-        """Both Linears against the dense block's own inputs, in one pass."""
-
-        def step(rows: slice) -> None:
-            with self._watched(index) as seen:
-                out = self.finite(self.block(index, self.states[0][rows].to(self.device)), index, rows)
-            sums = {part: target.missing(seen[part][0]) for part, target in targets.items()}
-            self.states[0][rows] = out.to(CPU)  # from here on nothing runs out of memory, so nothing is repeated
-            for part, target in targets.items():
-                target.equations.merge_(sums[part])
-
-        self.micro_batches(step, counted=True)
-        return {part: target.solved(self.damping) for part, target in targets.items()}
-
-    def _pruned(self, index: int, targets: dict[str, ThinnedLinear]) -> dict[str, Replacement]:
-        """o against the inputs that the pruned blocks before give it, then down against those with the new o."""
-        found: dict[str, Replacement] = {}
-        adds: list[bool] = []
-
-        def attention(rows: slice) -> None:
-            before, behind = (self.states[which][rows].to(self.device) for which in (0, 1))
-            with self._watched(index) as seen:
-                out = self.finite(self.block(index, before), index, rows)
-                dense = dict(seen)
-                if "o" in targets:
-                    self.block(index, behind)
-            if not adds:
-                adds.append(_adds(before, dense, out))
-            wanted = dense["o"][1] + (before - behind) if adds[0] else dense["o"][1]
-            sums = targets["o"].gap(seen["o"][0], wanted) if "o" in targets else None
-            self.states[2][rows] = (out if adds[0] else dense["down"][1].view_as(out)).to(CPU)
-            self.states[0][rows] = out.to(CPU)  # from here on nothing runs out of memory, so nothing is repeated
-            if sums is not None:
-                targets["o"].equations.merge_(sums)
-
-        def mlp(rows: slice) -> None:
-            if "down" in targets:
-                behind, wanted = (self.states[which][rows].to(self.device) for which in (1, 2))
-                with self._watched(index) as seen:
-                    self.block(index, behind)
-                if adds[0]:
-                    wanted = wanted - (behind + seen["o"][1])
-                targets["down"].equations.merge_(targets["down"].gap(seen["down"][0], wanted))
-
-        def output(rows: slice) -> None:
-            out = self.finite(self.block(index, self.states[1][rows].to(self.device)), index, rows)
-            self.states[1][rows] = out.to(CPU)
-
-        undo = Undo()
-        try:
-            for part, step in (("o", attention), ("down", mlp), ("", output)):
-                self.micro_batches(step, counted=True)
-                if part in targets:
-                    found[part] = targets[part].solved(self.damping, CAUTION)
-                    undo.patch_forward(targets[part].linear, targets[part].forward(found[part]))
-        finally:
-            undo.restore()
-        return found
-
-    @contextmanager
-    def _watched(self, index: int) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-        """{part: (inputs, outputs)} of the latest forward of o and down while the context is open."""
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
-        undo = Undo()
-
-        def watch(part: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[part] = args[0], output
-
-        try:
-            for part, linear in linears_of(self.layers[index], self.family).items():
-                if part in IN_PARTS:
-                    undo.add(linear.register_forward_hook(partial(watch, part)).remove)
-            yield seen
-        finally:
-            undo.restore()
-
-
-def _adds(before: Tensor, seen: dict[str, tuple[Tensor, Tensor]], out: Tensor) -> bool:
-    """Whether a block adds the outputs of o and down to its hidden states as they are, without post-norms or factors."""
-    added = seen["o"][1] + seen["down"][1].view_as(out)
-    off = (out - before - added).float().norm()
-    return bool(off <= 0.05 * added.float().norm())  # far above what 16 bits round, far below what a norm does
-
-
-def check_compensate(method: str, data: Any) -> None:
+def check_compensate(method: str, data: Any, inputs: str = "auto") -> None:
     """Raise ValueError for a compensation that does not exist, or that lacks the text it is computed on."""
     if method not in COMPENSATIONS:
         raise ValueError(f"compensate must be one of {', '.join(COMPENSATIONS)}; got {method!r}")
+    check_option("compensation inputs", inputs, INPUTS)
     if method != "none" and data is None:
         raise ValueError(
             f"compensate {method!r} needs calibration text, which neither a plan nor statistics hold: "
@@ -252,21 +118,41 @@ def check_compensate(method: str, data: Any) -> None:
         )
 
 
+def refuse_experts(units: Units, method: str, inputs: str = "auto") -> None:
+    """Raise ValueError for a compensation that experts cannot have."""
+    if method == "least_squares" and inputs == "pruned" and any(layer.experts for layer in units.layers):
+        raise ValueError(
+            f"the experts of a {units.family} model are compensated on inputs of the dense model only: expected "
+            'compensation inputs "auto" or "dense", got "pruned"'
+        )
+    if method == "bias" and any(layer.experts for layer in units.layers):
+        raise ValueError(
+            f"compensate 'bias' is not supported for the experts of a {units.family} model, which have no biases: "
+            'expected "least_squares" or "none"'
+        )
+
+
+def _thinned_experts(plan: Plan) -> int | None:
+    """The first layer whose experts lose channels, if there is one."""
+    layers = enumerate(zip(plan.layers, plan.units.layers, strict=True))
+    found = (index for index, (layer, sizes) in layers if sizes.experts and layer.width < sizes.intermediate_size)
+    return next(found, None)
+
+
+def _check_experts(plan: Plan, method: str, inputs: str) -> None:
+    index = _thinned_experts(plan)
+    if index is not None and (method, inputs) != ("least_squares", "dense"):
+        raise ValueError(
+            f"experts are compensated by method 'least_squares' with inputs 'dense' only; layer {index} loses "
+            f"channels of its experts, got {method!r} and {inputs!r}"
+        )
+
+
 def _check_options(method: str, inputs: str, damping: float | str) -> None:
     if method not in COMPENSATIONS[1:]:
         raise ValueError(f"method must be one of {', '.join(COMPENSATIONS[1:])}; got {method!r}")
-    if inputs not in INPUTS:
-        raise ValueError(f"inputs must be one of {', '.join(INPUTS)}; got {inputs!r}")
+    check_option("inputs", inputs, INPUTS)
     if damping == "auto":
         return
     if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 < damping < math.inf:
         raise ValueError(f'damping must be "auto" or a positive number; got {damping!r}')
-
-
-def _equations_bytes(plan: Plan) -> int:
-    """Bytes of the largest layer's sums, in float64, and of one micro-batch's, in fp32."""
-    largest = 0
-    for sizes, kept in zip(plan.units.layers, plan.layers, strict=True):
-        widths = [len(kept.features(part, sizes)) for part in IN_PARTS]
-        largest = max(largest, sum(width * (width + sizes.hidden_size) for width in widths))
-    return 12 * largest

@@ -21,12 +21,17 @@ class Cost:
 def cost_of(model: PreTrainedModel, context: int) -> Cost:
     """Count parameters, multiply-accumulates per generated token, and bytes.
 
-    MACs: one per weight of every Linear, the output head included, plus 2 * query_heads * head_dim *
+    MACs: one per weight of every Linear, the output head included, of the routers and of the experts that one
+    token goes through, plus 2 * query_heads * head_dim *
     ``context`` per layer for the two attention products with ``context`` cached tokens. KV cache: keys
     and values of every layer's own KV heads, in the model's dtype.
     """
     layers = discover(model).layers
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    linear += sum(
+        layer.router_weights + layer.experts_per_token * layer.intermediate_size * layer.unit_weights("mlp")
+        for layer in layers
+    )
     attention = sum(2 * layer.query_heads * layer.head_dim * context for layer in layers)
     parameters = list(model.parameters())
     return Cost(

@@ -1,6 +1,7 @@
 """Importance criteria: functions from Statistics to Scores (method section 2)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,8 +31,9 @@ def score(stats: Statistics, criterion: str | Criterion = "saap", **options: Any
         scores = criterion(stats, **options)
         if not isinstance(scores, Scores):
             raise ValueError(f"expected the criterion to return Scores, got {type(scores).__name__}")
-        return scores
-    return CRITERIA[criterion](stats, **options)
+    else:
+        scores = CRITERIA[criterion](stats, **options)
+    return replace(scores, experts=stats.experts[0]) if stats.experts.numel() else scores
 
 
 def saap(

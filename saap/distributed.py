@@ -90,7 +90,8 @@ def all_reduce(statistics: Statistics) -> None:
             means.copy_(_mean(means, sequences, all_sequences))
         _reduce_inputs(module, tokens, all_tokens)
         _reduce_moments(module.salience, all_sequences)
-    statistics.influence.copy_(_mean(statistics.influence, tokens, all_tokens))
+    for means in (statistics.influence, statistics.experts):
+        means.copy_(_mean(means, tokens, all_tokens))
     statistics.tokens = all_tokens
 
 

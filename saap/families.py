@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -15,7 +16,9 @@ class Family:
 
     Projection paths are relative to a decoder layer. Parts with the same path are consecutive rows of one
     fused Linear, in the order of ``parts``. ``gate`` is None for ungated MLPs. ``kv_heads_attribute`` is
-    None for families without grouped-query attention.
+    None for families without grouped-query attention. In a mixture of experts ``experts`` is the module that
+    holds gate and up, and down, of all experts as two 3-D tensors, ``router`` the one that weighs them, and
+    ``experts_attribute`` how many there are; the paths of gate, up and down then mean nothing (``saap.experts``).
     """
 
     name: str
@@ -31,6 +34,9 @@ class Family:
     query_heads_attribute: str = "num_attention_heads"
     kv_heads_attribute: str | None = "num_key_value_heads"
     intermediate_size_attribute: str = "intermediate_size"
+    experts: str | None = None
+    router: str | None = None
+    experts_attribute: str | None = None
 
     @property
     def attention_parts(self) -> tuple[str, ...]:
@@ -43,6 +49,11 @@ class Family:
     @property
     def parts(self) -> tuple[str, ...]:
         return self.attention_parts + self.mlp_parts
+
+    @property
+    def linear_parts(self) -> tuple[str, ...]:
+        """Parts that are a Linear, or rows of one; those of experts are not."""
+        return self.attention_parts if self.experts else self.parts
 
     def path(self, part: str) -> str:
         """Path of a part's Linear relative to its decoder layer."""
@@ -60,6 +71,8 @@ def register_family(family: Family) -> None:
         )
     _FAMILIES[family.name] = family
 
+
+_EXPERTS: dict[str, str] = {"experts": "mlp.experts", "router": "mlp.gate"}
 
 for _family in (
     Family("llama"),
@@ -85,6 +98,13 @@ for _family in (
         kv_heads_attribute=None,
         intermediate_size_attribute="ffn_dim",
     ),
+    Family("mixtral", **_EXPERTS, experts_attribute="num_local_experts"),
+    Family(
+        "qwen3_moe",
+        **_EXPERTS,
+        experts_attribute="num_experts",
+        intermediate_size_attribute="moe_intermediate_size",
+    ),
 ):
     register_family(_family)
 
@@ -108,21 +128,35 @@ def family_of(model: PreTrainedModel, name: str | None = None) -> Family:
     return _FAMILIES[wanted]
 
 
+def family_named(name: str) -> Family:
+    """The row of a known family."""
+    return _FAMILIES[name]
+
+
+def is_mixture(model: PreTrainedModel) -> bool:
+    """Whether the model is of a known family with experts."""
+    row = _FAMILIES.get(str(getattr(model.config, "model_type", "")).removeprefix(PRUNED_PREFIX))
+    return row is not None and row.experts is not None
+
+
 def layers_of(model: PreTrainedModel, family: Family) -> nn.ModuleList:
     """The model's decoder layers."""
     return model.get_submodule(family.layers)  # type: ignore[return-value]  # a path to a ModuleList by definition of the row
 
 
 def linears_of(layer: nn.Module, family: Family) -> dict[str, nn.Linear]:
-    """{part: Linear} of one decoder layer, parts in the family's order; fused parts share one."""
-    return {part: layer.get_submodule(family.path(part)) for part in family.parts}  # type: ignore[misc]
+    """{part: Linear} of one decoder layer, parts in the family's order; fused parts share one, experts have none."""
+    return {part: layer.get_submodule(family.path(part)) for part in family.linear_parts}  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One part of a decoder layer: rows ``start`` to ``stop`` of a Linear, all of them unless it is fused."""
+    """One part of a decoder layer: rows ``start`` to ``stop`` of a Linear, all of them unless it is fused.
 
-    linear: nn.Linear
+    ``linear`` is an nn.Linear or, for one expert, an ``saap.experts.ExpertLinear``.
+    """
+
+    linear: Any
     start: int
     stop: int
 
@@ -155,7 +189,7 @@ def projections_of(layer: nn.Module, family: Family) -> dict[str, Projection]:
 
 
 def projections_by_linear(layer: nn.Module, family: Family) -> dict[nn.Linear, dict[str, Projection]]:
-    """{Linear: {part: Projection}} of one decoder layer, both in the order of the family's parts.
+    """{Linear: {part: Projection}} of one decoder layer, both in the order of the family's parts, without experts.
 
     Raises ValueError when a fused Linear's rows cannot be shared among its parts.
     """

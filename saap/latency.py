@@ -73,6 +73,9 @@ class LatencyTable:
     def check_units(self, units: Units) -> None:
         """Raise ValueError unless the table was measured with the shapes of this model."""
         for layer in units.layers:
+            if layer.experts:
+                raise ValueError("latency tables are of dense MLPs, the model is a mixture of experts: use parameters, "
+                                 "macs or bytes")  # fmt: skip
             for name in ("hidden_size", "head_dim", "group", "gated"):
                 if name == "group" and not layer.kv_heads:
                     continue  # of an attention that is gone

@@ -39,7 +39,7 @@ def describe_as_stock(config: PreTrainedConfig, family: Family, sizes: LayerUnit
 
     Raises ValueError, saying why, when the family's configuration cannot express them.
     """
-    values = _plain_values(config) | _attributes(family, sizes) | {"head_dim": sizes.head_dim}
+    values = _plain_values(config) | _attributes(config, family, sizes) | {"head_dim": sizes.head_dim}
     values |= {name: True for name, part in BIAS_ATTRIBUTES.items() if name in values and part in sizes.biases}
     stock: type[PreTrainedConfig] = getattr(transformers, type(config).__name__.removeprefix("Saap"))
     if family.kv_heads_attribute is None and sizes.query_heads * sizes.head_dim != sizes.hidden_size:
@@ -66,7 +66,11 @@ def describe_as_mistral(config: PreTrainedConfig, family: Family, sizes: LayerUn
     """The same architecture as a Llama without biases, in a configuration that takes any head count."""
     if family.name != "llama" or sizes.biases:
         raise ValueError("only a Llama without biases is also a stock Mistral")
-    values = _plain_values(config) | _attributes(family, sizes) | {"head_dim": sizes.head_dim, "sliding_window": None}
+    values = (
+        _plain_values(config)
+        | _attributes(config, family, sizes)
+        | {"head_dim": sizes.head_dim, "sliding_window": None}
+    )
     for name in ("attention_bias", "mlp_bias", "pretraining_tp", "architectures"):
         values.pop(name, None)
     return _build(transformers.MistralConfig, values)
@@ -87,14 +91,19 @@ def describe_as_template(
     values["saap_layout"] = {
         "layers": family.layers,
         "attention": family.attention,
-        "projections": {part: family.path(part) for part in family.parts},
+        "projections": {part: family.path(part) for part in family.linear_parts},
         "query_heads": family.query_heads_attribute,
         "kv_heads": family.kv_heads_attribute,
         "intermediate_size": family.intermediate_size_attribute,
-        "biases": [part for part in family.parts if all(part in sizes.biases for sizes in layers)],
+        "biases": [part for part in family.linear_parts if all(part in sizes.biases for sizes in layers)],
     }
+    if family.experts is not None and family.experts_attribute is not None:
+        count = _own_name(config, family.experts_attribute)
+        values["saap_layout"] |= {"experts": count, "sparse_block": family.experts.rpartition(".")[0]}
+        if len({sizes.experts for sizes in layers}) == 1:
+            values[count] = layers[0].experts  # what is outside of the layers reads this
     described = configuration_saap.config_class(f"Saap{config_name}")(**values)
-    described.per_layer_config = {index: _attributes(family, sizes) for index, sizes in enumerate(layers)}
+    described.per_layer_config = {index: _attributes(config, family, sizes) for index, sizes in enumerate(layers)}
     described.architectures = [f"Saap{causal_name}"]
     return described
 
@@ -102,6 +111,7 @@ def describe_as_template(
 def adopt(model: PreTrainedModel, family: Family, config: PreTrainedConfig) -> None:
     """Give a resized model its new configuration, and the class that goes with it."""
     config._attn_implementation = model.config._attn_implementation
+    config._experts_implementation = model.config._experts_implementation
     old = model.config
     template = str(config.model_type).startswith(PRUNED_PREFIX)
     for module in model.modules():
@@ -110,8 +120,11 @@ def adopt(model: PreTrainedModel, family: Family, config: PreTrainedConfig) -> N
             module.config = config  # type: ignore[assignment]
     if template and not type(model).__name__.startswith("Saap"):
         model.__class__ = modeling_saap.model_class(f"Saap{type(model).__name__}")  # same layout, more methods
-    if template:
+    if template:  # saved by its own names: those of the file that it came from are only known for stock models
+        vars(model).pop("_weight_conversions", None)
         modeling_saap.share_config(model, layers_of(model, family), config)
+    if family.experts_attribute is not None and hasattr(model, "num_experts"):  # of the loss that balances routers
+        model.num_experts = vars(config)[_own_name(config, family.experts_attribute)]
     for layer, sizes in zip(layers_of(model, family), _sizes(config, family), strict=True):
         attention = layer.get_submodule(family.attention)
         modeling_saap.set_head_counts(attention, *sizes)
@@ -132,14 +145,21 @@ def _sizes(config: PreTrainedConfig, family: Family) -> list[tuple[int, int]]:
     return [(getattr(c, family.query_heads_attribute), getattr(c, kv_name)) for c in per_layer]
 
 
-def _attributes(family: Family, sizes: LayerUnits) -> dict[str, int]:
+def _attributes(config: PreTrainedConfig, family: Family, sizes: LayerUnits) -> dict[str, int]:
     values = {
         family.query_heads_attribute: sizes.query_heads,
         family.intermediate_size_attribute: sizes.intermediate_size,
     }
     if family.kv_heads_attribute is not None:
         values[family.kv_heads_attribute] = sizes.kv_heads
+    if family.experts_attribute is not None:
+        values[_own_name(config, family.experts_attribute)] = sizes.experts
     return values
+
+
+def _own_name(config: PreTrainedConfig, attribute: str) -> str:
+    """The name that a configuration stores an attribute by; the others are read through it."""
+    return str(config.attribute_map.get(attribute, attribute))
 
 
 def _plain_values(config: PreTrainedConfig) -> dict[str, Any]:

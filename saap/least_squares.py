@@ -58,11 +58,11 @@ class NormalEquations:
         """The change of weights (D, K) and of bias (D,) that makes up for the residual, float64.
 
         Minimises sum ||r - dW x - db||^2 + damping * m * ||dW||^2, m the mean of the Gram matrix's diagonal, by
-        Cholesky: (G + damping m I) dW' = X'r. ``damping`` "auto" is ``caution`` times K over tokens: the fewer tokens
-        speak for an input, the less its weights change. With ``affine`` G and X'r are centred and db = mean(r) - dW mean(x),
-        otherwise db is 0. Where inputs are zero, or there are none, nothing changes. ``gram`` and ``cross`` are
-        overwritten. A matrix that is singular in float64 gets tenfold damping, ``RAISES`` times at most; then,
-        or when it is not finite, ValueError says so, calling it ``name``.
+        Cholesky: (G + damping m I) dW' = X'r. ``damping`` "auto" is ``caution`` times K over tokens: the fewer
+        tokens speak for an input, the less its weights change. With ``affine`` G and X'r are centred and
+        db = mean(r) - dW mean(x), otherwise db is 0. Where inputs are zero, or there are none, nothing changes.
+        ``gram`` and ``cross`` are overwritten. A matrix that is singular in float64 gets tenfold damping, ``RAISES``
+        times at most; then, or when it is not finite, ValueError says so, calling it ``name``.
         """
         if not self.finite():
             raise ValueError(f"expected finite inputs and outputs, found NaN or inf in those of {name}")

@@ -14,7 +14,8 @@ def activation_bytes(units: Units, tokens: int, dtype: torch.dtype) -> int:
     """Bytes autograd keeps for ``tokens`` tokens of a micro-batch.
 
     Per token and layer: residual stream, norms and their outputs (about 8 hidden sizes), q, k, v,
-    rotated q and k and the attention output, and four tensors of the MLP's width.
+    rotated q and k and the attention output, and four tensors of the MLP's width; of experts, for each that the
+    token goes through, and two of the hidden size.
     """
     return sum(map(_kept_per_token, units.layers)) * tokens * dtype.itemsize
 
@@ -32,7 +33,8 @@ def checkpointed_bytes(units: Units, tokens: int, dtype: torch.dtype) -> int:
 
 def _kept_per_token(layer: LayerUnits) -> int:
     heads = (3 * layer.query_heads + 3 * layer.kv_heads) * layer.head_dim
-    return 8 * layer.hidden_size + heads + 4 * layer.intermediate_size
+    routed = layer.experts_per_token
+    return (8 + 2 * routed) * layer.hidden_size + heads + 4 * max(1, routed) * layer.intermediate_size
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

@@ -11,7 +11,7 @@ from saap import console
 from saap.calibrate import calibrate
 from saap.checkpoint import refuse_existing, save
 from saap.compact import PLAN_ATTRIBUTE, compact
-from saap.compensate import check_compensate, compensation
+from saap.compensate import check_compensate, compensation, refuse_experts
 from saap.criteria import check_criterion
 from saap.data import check_tokenizer, load_documents
 from saap.evaluate import Evaluation, evaluate
@@ -71,6 +71,7 @@ class Job:
     baselines: tuple[str, ...] = ()
     compensate: str = "none"
     steps: int = 1
+    compensation_inputs: str = "auto"
 
     def targets(self) -> dict[float | None, Path]:
         """{ratio: directory}; a plan has the ratio None."""
@@ -84,7 +85,7 @@ class Job:
         for criterion in (self.criterion, *self.baselines):
             check_criterion(criterion, method)
         self.recipe()
-        check_compensate(self.compensate, self.data)
+        check_compensate(self.compensate, self.data, self.compensation_inputs)
         if self.plan_file is not None and (self.statistics_file or self.save_statistics):
             raise ValueError("a --plan needs no statistics: give it without --statistics and --save-statistics")
         if self.statistics_file is not None and self.save_statistics is not None:
@@ -111,11 +112,13 @@ class Job:
 
     def recipe(self) -> Recipe:
         """How each ratio is pruned; raises ValueError for a number of steps that is none."""
-        return Recipe(self.criterion, self.search_options, self.calibration, self.compensate, self.steps)
+        inputs = self.compensation_inputs
+        return Recipe(self.criterion, self.search_options, self.calibration, self.compensate, self.steps, inputs)
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[Result]:
         """Do the work; every output appears complete or not at all."""
         units = discover(model)
+        refuse_experts(units, self.compensate, self.compensation_inputs)
         for ratio in self.ratios:
             check_ratio(units, ratio, **self.search_options)
         if tokenizer is not None:
@@ -203,7 +206,14 @@ class Job:
                 options = {name: self.calibration[name] for name in COMPENSATION_OPTIONS}
                 with watch("compensate"):
                     found = compensation(
-                        model, plan, tokenizer, self.data, method=self.compensate, **options, progress=bar
+                        model,
+                        plan,
+                        tokenizer,
+                        self.data,
+                        method=self.compensate,
+                        inputs=self.compensation_inputs,
+                        **options,
+                        progress=bar,
                     )
             with watch("compact"):
                 return compact(model, plan, found, copy=copy), None

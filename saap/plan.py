@@ -3,13 +3,14 @@
 import json
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saap.experts import GROUPED_MULTIPLE
 from saap.units import LayerUnits, Units, module_of
 from saap.version import __version__
 
@@ -18,10 +19,25 @@ PLAN_FORMAT = 1
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Units one layer keeps, ascending, numbered as in the model the plan was made for."""
+    """Units one layer keeps, ascending, numbered as in the model the plan was made for.
+
+    In a mixture of experts ``channels`` are numbered through all experts, expert by expert, and ``experts`` are
+    those kept, all by default: each of them with equally many channels.
+    """
 
     kv_heads: tuple[int, ...]
     channels: tuple[int, ...]
+    experts: tuple[int, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Width of the MLP that is left, or of each expert."""
+        return len(self.channels) // max(1, len(self.experts))
+
+    def channels_by_expert(self, sizes: LayerUnits) -> Tensor:
+        """Channels of every kept expert, numbered within it: (experts, width) int64."""
+        channels = torch.tensor(self.channels, dtype=torch.long).view(len(self.experts), -1)
+        return channels - torch.tensor(self.experts)[:, None] * sizes.intermediate_size
 
     def features(self, part: str, sizes: LayerUnits) -> Tensor:
         """Rows of a part's weight that stay, or columns of o and down: ascending, int64."""
@@ -41,10 +57,16 @@ class Plan:
     def __post_init__(self) -> None:
         if len(self.layers) != len(self.units.layers):
             raise ValueError(f"expected a plan for {len(self.units.layers)} layers, got {len(self.layers)}")
+        if any(
+            sizes.experts and not layer.experts for layer, sizes in zip(self.layers, self.units.layers, strict=True)
+        ):
+            object.__setattr__(self, "layers", tuple(map(_with_experts, self.layers, self.units.layers)))
         for index, (layer, sizes) in enumerate(zip(self.layers, self.units.layers, strict=True)):
             empty = bool(self.settings.get("allow_empty"))
             _check_kept(layer.kv_heads, sizes.kv_heads, f"layer {index}: kv_heads", empty)
-            _check_kept(layer.channels, sizes.intermediate_size, f"layer {index}: channels", empty)
+            _check_kept(layer.channels, sizes.count("mlp"), f"layer {index}: channels", empty)
+            if sizes.experts or layer.experts:
+                _check_experts(layer, sizes, f"layer {index}")
         for index in self.units.anchors:
             if self.units.layers[index].kv_heads and not self.layers[index].kv_heads:
                 raise ValueError(
@@ -54,13 +76,14 @@ class Plan:
     @property
     def uniform(self) -> bool:
         """Whether every layer ends up with the same sizes."""
-        return len({(len(layer.kv_heads), len(layer.channels)) for layer in self.layers}) == 1
+        return len({(len(layer.kv_heads), layer.width, len(layer.experts)) for layer in self.layers}) == 1
 
     @property
     def removed_parameters(self) -> int:
         return sum(
             (sizes.kv_heads - len(layer.kv_heads)) * sizes.unit_parameters("attention")
-            + (sizes.intermediate_size - len(layer.channels)) * sizes.unit_parameters("mlp")
+            + (sizes.count("mlp") - len(layer.channels)) * sizes.unit_parameters("mlp")
+            + (sizes.experts - len(layer.experts)) * sizes.hidden_size  # rows of the router
             for layer, sizes in zip(self.layers, self.units.layers, strict=True)
         )
 
@@ -76,12 +99,14 @@ class Plan:
 
     def then(self, later: "Plan") -> "Plan":
         """This plan followed by ``later``, made for the model that it leaves; numbered as in this plan's model."""
-        left = [(len(layer.kv_heads), len(layer.channels)) for layer in self.layers]
-        if left != [(sizes.kv_heads, sizes.intermediate_size) for sizes in later.units.layers]:
+        left = [(len(layer.kv_heads), layer.width, len(layer.experts)) for layer in self.layers]
+        if left != [(sizes.kv_heads, sizes.intermediate_size, sizes.experts) for sizes in later.units.layers]:
             raise ValueError("expected a plan made for the model that the first plan leaves, got one of other sizes")
         layers = (
             LayerPlan(
-                tuple(mine.kv_heads[i] for i in theirs.kv_heads), tuple(mine.channels[i] for i in theirs.channels)
+                tuple(mine.kv_heads[i] for i in theirs.kv_heads),
+                tuple(mine.channels[i] for i in theirs.channels),
+                tuple(mine.experts[i] for i in theirs.experts),
             )
             for mine, theirs in zip(self.layers, later.layers, strict=True)
         )
@@ -117,7 +142,8 @@ class Plan:
                     "sizes": _sizes_to_json(sizes),
                     "kv_heads": f"{len(layer.kv_heads)} of {sizes.kv_heads}",
                     "kv_heads_kept": to_ranges(layer.kv_heads),
-                    "channels": f"{len(layer.channels)} of {sizes.intermediate_size}",
+                    **_experts_to_json(layer, sizes),
+                    "channels": f"{len(layer.channels)} of {sizes.count('mlp')}",
                     "channels_kept": to_ranges(layer.channels),
                 }
                 for layer, sizes in zip(self.layers, self.units.layers, strict=True)
@@ -145,6 +171,7 @@ class Plan:
                 LayerPlan(
                     from_ranges(row["kv_heads_kept"], f"layer {index}: kv_heads_kept"),
                     from_ranges(row["channels_kept"], f"layer {index}: channels_kept"),
+                    from_ranges(row.get("experts_kept", ""), f"layer {index}: experts_kept"),
                 )
                 for index, row in enumerate(body["layers"])
             )
@@ -211,6 +238,46 @@ def _check_kept(kept: tuple[int, ...], count: int, name: str, empty: bool) -> No
         raise ValueError(
             f'{name}: expected at least one unit to be kept, got none; settings may say "allow_empty": true'
         )
+
+
+def _with_experts(layer: LayerPlan, sizes: LayerUnits) -> LayerPlan:
+    """The layer with all experts where it names none."""
+    return replace(layer, experts=layer.experts or tuple(range(sizes.experts)))
+
+
+def _check_experts(layer: LayerPlan, sizes: LayerUnits, name: str) -> None:
+    _check_kept(layer.experts, sizes.experts, f"{name}: experts", empty=False)
+    if len(layer.experts) < sizes.experts_per_token:
+        raise ValueError(
+            f"{name}: expected at least the {sizes.experts_per_token} experts that a token goes through, "
+            f"got {len(layer.experts)}"
+        )
+    owners = torch.tensor(layer.channels, dtype=torch.long) // sizes.intermediate_size
+    counts = torch.bincount(owners, minlength=sizes.experts)
+    gone = torch.isin(owners, torch.tensor(layer.experts), invert=True)
+    if gone.any():
+        first = int(gone.int().argmax())
+        raise ValueError(
+            f"{name}: channel {layer.channels[first]} is of expert {int(owners[first])}, which is not kept"
+        )
+    found = dict(zip(layer.experts, counts[list(layer.experts)].tolist(), strict=True))
+    if len(set(found.values())) != 1 or not layer.channels:
+        raise ValueError(f"{name}: expected equally many channels of every kept expert, at least one, got {found}")
+    if layer.width != sizes.intermediate_size and layer.width % GROUPED_MULTIPLE:
+        raise ValueError(
+            f"{name}: expected a multiple of {GROUPED_MULTIPLE} channels per expert, which transformers' grouped "
+            f"products need, got {layer.width}"
+        )
+
+
+def _experts_to_json(layer: LayerPlan, sizes: LayerUnits) -> dict[str, str]:
+    if not sizes.experts:
+        return {}
+    return {
+        "experts": f"{len(layer.experts)} of {sizes.experts}",
+        "experts_kept": to_ranges(layer.experts),
+        "channels_per_expert": f"{layer.width} of {sizes.intermediate_size}",
+    }
 
 
 def _sizes_to_json(sizes: LayerUnits) -> dict[str, Any]:

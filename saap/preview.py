@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from saap import console
+from saap.compensate import refuse_experts
 from saap.memory import available_bytes, weight_bytes
 from saap.micro_batches import fit_micro_batches
 from saap.pipeline import Job
@@ -18,6 +19,7 @@ from saap.units import Units, discover
 def preview(job: Job, model: PreTrainedModel) -> dict[str, Any]:
     """Sizes and memory of a job; raises the ValueError of a ratio that cannot be reached."""
     units = discover(model)
+    refuse_experts(units, job.compensate, job.compensation_inputs)
     for ratio in job.ratios:
         check_ratio(units, ratio, **job.search_options)
     options, stream = job.calibration, job.calibration.get("stream")
@@ -36,6 +38,7 @@ def preview(job: Job, model: PreTrainedModel) -> dict[str, Any]:
         "block_parameters": units.block_parameters,
         "kv_heads": units.count("attention"),
         "channels": units.count("mlp"),
+        **({"experts": units.expert_offsets()[-1]} if units.expert_offsets()[-1] else {}),
         "weight_bytes": weight_bytes(model),
         "batch_size": fit.batch,
         "checkpointing": fit.recompute,

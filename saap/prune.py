@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saap.compensate import check_compensate
+from saap.compensate import check_compensate, refuse_experts
 from saap.criteria import Criterion, check_criterion
 from saap.data import pack_for
 from saap.evaluate import Evaluation, evaluate
@@ -49,7 +49,9 @@ def prune(
     resource: str | Resource = "parameters",
     uniform: bool = False,
     allow_empty: bool = False,
+    keep_experts: int | None = None,
     compensate: str = "none",
+    compensation_inputs: str = "auto",
     steps: int = 1,
     samples: int = 128,
     seq_len: int = 512,
@@ -66,7 +68,8 @@ def prune(
 
     ``statistics`` from an earlier ``calibrate`` of this model replaces ``data``. ``steps`` above 1 removes the
     ratio in that many equal steps and calibrates again after each. ``compensate`` "bias" or "least_squares" makes up
-    for what a step removes by ``compensation``. Both need ``data`` with statistics too. ``eval_text`` (what
+    for what a step removes by ``compensation`` with inputs ``compensation_inputs``. Both need ``data`` with
+    statistics too. ``eval_text`` (what
     ``evaluate`` takes) is evaluated on the dense and then on the pruned model. The other arguments are those of
     ``calibrate``, ``score`` and ``search``; ``progress`` counts as ``prune_in_steps`` says. Raises ValueError
     before calibration when the ratio cannot be reached or the statistics belong to another model.
@@ -77,14 +80,16 @@ def prune(
         {
             "ratio_of": ratio_of, "resource": resource, "multiple": multiple, "protect": tuple(protect),
             "uniform": uniform, "allow_empty": allow_empty, "method": method, "fluctuation_weight": fluctuation_weight,
+            "keep_experts": keep_experts,
         },
         {
             "samples": samples, "seq_len": seq_len, "batch_size": batch_size, "checkpoint": checkpoint,
             "backend": backend, "seed": seed, "stream": stream,
         },
-        compensate, steps,
+        compensate, steps, compensation_inputs,
     )  # fmt: skip
-    check_compensate(compensate, data)
+    check_compensate(compensate, data, compensation_inputs)
+    refuse_experts(units, compensate, compensation_inputs)
     check_criterion(criterion, method)
     check_ratio(units, ratio, **recipe.search)
     if steps > 1 and data is None:

@@ -1,10 +1,11 @@
 """Inputs that pruning would silently damage, refused by name before any work starts."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from saap.families import Family, layers_of, projections_by_linear
+from saap.experts import expert_tensors
+from saap.families import Family, family_named, is_mixture, known_families, layers_of, projections_by_linear
 from saap.host import on_host
 
 
@@ -21,8 +22,11 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     if getattr(model, "is_quantized", False) or getattr(config, "quantization_config", None) is not None:
         raise ValueError("expected 16- or 32-bit weights, got a quantised model; load it without quantization_config")
     experts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    if any(getattr(config, name, None) for name in experts):
-        raise ValueError(f"mixture-of-experts models are not supported yet; got {config.model_type!r}")
+    if any(vars(config).get(name) for name in experts) and not is_mixture(model):
+        known = ", ".join(name for name in known_families() if family_named(name).experts)
+        raise ValueError(
+            f"of mixture-of-experts models {known} are supported, without shared experts; got {config.model_type!r}"
+        )
     if any(hasattr(config, name) for name in ("vision_config", "audio_config")):
         raise ValueError(f"multimodal models are not supported; got {config.model_type!r}: pass its language model")
     if model.get_output_embeddings() is None:
@@ -38,25 +42,28 @@ def refuse_nonfinite_weights(model: PreTrainedModel, family: Family) -> None:
 
 def refuse_nonfinite_layer(layer: nn.Module, family: Family, index: int) -> None:
     """As ``refuse_nonfinite_weights``, of one decoder layer."""
-    linears = projections_by_linear(layer, family).items()
-    _refuse_nonfinite(
-        {f"{family.layers}.{index}.{family.path(next(iter(parts)))}": linear for linear, parts in linears}
-    )
+    prefix, linears = f"{family.layers}.{index}", projections_by_linear(layer, family).items()
+    modules: dict[str, nn.Module] = {f"{prefix}.{family.path(next(iter(parts)))}": linear for linear, parts in linears}
+    named = _named(modules) + [(f"{prefix}.{name}", tensor) for name, tensor in expert_tensors(layer, family).items()]
+    _refuse_nonfinite(named)
 
 
 def refuse_nonfinite_embeddings(model: PreTrainedModel) -> None:
     """As ``refuse_nonfinite_weights``, of the embeddings and the head."""
     modules = {"input embeddings": model.get_input_embeddings(), "output embeddings": model.get_output_embeddings()}
-    _refuse_nonfinite(modules)
+    _refuse_nonfinite(_named(modules))
 
 
-@torch.no_grad()
-def _refuse_nonfinite(modules: dict[str, nn.Module]) -> None:
-    named = [
+def _named(modules: dict[str, nn.Module]) -> list[tuple[str, Tensor]]:
+    return [
         (f"{name}.{kind}", weight)
         for name, module in modules.items()
         for kind, weight in module.named_parameters(recurse=False)
     ]
+
+
+@torch.no_grad()
+def _refuse_nonfinite(named: list[tuple[str, Tensor]]) -> None:
     # a finite sum is one pass without a copy; only a suspicious one needs the full test
     totals = on_host([weight.sum(dtype=torch.float32) for _, weight in named])
     for (name, weight), total in zip(named, totals, strict=True):

@@ -20,6 +20,7 @@ from saap.report_page import render
 from saap.report_scores import module_scores
 from saap.scores import Scores
 from saap.statistics import Statistics
+from saap.units import LayerUnits
 from saap.version import __version__
 
 REPORT_FILE = "saap_report.html"
@@ -94,7 +95,7 @@ def describe_pruning(
         facts=_facts(plan, pruned, evaluation),
         widths=[
             Widths("KV heads", [old.kv_heads for old in before], [len(new.kv_heads) for new in after]),
-            Widths("MLP channels", [old.intermediate_size for old in before], [len(new.channels) for new in after]),
+            *mlp_widths(before, [(new.width, len(new.experts)) for new in after]),
         ],
         scores=[] if scores is None else module_scores(plan, scores),
         criterion=criterion,
@@ -104,6 +105,14 @@ def describe_pruning(
         environment=environment(pruned.device) | {"dtype": str(pruned.dtype).removeprefix("torch.")},
         made=now(),
     )  # fmt: skip
+
+
+def mlp_widths(before: Iterable[LayerUnits], after: Iterable[tuple[int, int]]) -> list[Widths]:
+    """Widths of MLPs, or of each expert, and then how many experts; after: (width, experts) of every layer."""
+    old, new = [(layer.intermediate_size, layer.experts) for layer in before], list(after)
+    mixture = any(experts for _, experts in old + new)
+    names = ("channels of each expert", "experts") if mixture else ("MLP channels",)
+    return [Widths(name, [each[i] for each in old], [each[i] for each in new]) for i, name in enumerate(names)]
 
 
 def shown_name(name: str) -> str:

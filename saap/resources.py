@@ -54,7 +54,10 @@ class Parameters(Resource):
 
 @dataclass(frozen=True)
 class Macs(Resource):
-    """Multiply-accumulates per generated token with ``context`` tokens in the cache, the output head included."""
+    """Multiply-accumulates per generated token with ``context`` tokens in the cache, output head and routers included.
+
+    Of experts those that the token goes through count.
+    """
 
     context: int = 0
     unit: ClassVar[str] = "macs"
@@ -64,10 +67,10 @@ class Macs(Resource):
 
     def module(self, sizes: LayerUnits, module: str, kept: Tensor) -> Tensor:
         products = 2 * sizes.group * sizes.head_dim * self.context if module == "attention" else 0
-        return kept * float(sizes.unit_weights(module) + products)
+        return kept * float(sizes.unit_weights(module) + products) * sizes.used_share(module)
 
     def outside(self, units: Units) -> float:
-        return float(units.head_parameters)
+        return float(units.head_parameters + sum(layer.router_weights for layer in units.layers))
 
 
 @dataclass(frozen=True)

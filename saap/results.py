@@ -16,7 +16,8 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "removed_share_of_blocks": plan.block_ratio,
         "parameters": plan.units.total_parameters - plan.removed_parameters,
         "kv_heads": [len(layer.kv_heads) for layer in plan.layers],
-        "channels": [len(layer.channels) for layer in plan.layers],
+        "channels": [layer.width for layer in plan.layers],  # of each expert in a mixture
+        **({"experts": [len(layer.experts) for layer in plan.layers]} if any(x.experts for x in plan.layers) else {}),
     }
 
 

@@ -15,7 +15,8 @@ class Scores:
     """One importance per unit, (U,) float64 per module, layers one after another; lowest goes first.
 
     ``fluctuation`` {module: (U,)} is the standard deviation of the importance over sequences divided by its
-    mean (method section 2c), or None where the criterion is not measured per sequence.
+    mean (method section 2c), or None where the criterion is not measured per sequence. ``experts`` (X,) is the
+    router-weighted importance of whole experts, of all layers one after another, which ``score`` adds.
     """
 
     units: Units
@@ -23,6 +24,7 @@ class Scores:
     mlp: Tensor
     settings: dict[str, Any] = field(default_factory=dict)
     fluctuation: dict[str, Tensor] | None = None
+    experts: Tensor | None = None
 
     def __post_init__(self) -> None:
         for module in MODULES:

@@ -1,11 +1,14 @@
 """Structure search: from scores and a budget to a plan (method section 2c)."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from saap.candidates import Candidates, Key, in_order_of_density, same_everywhere
+from saap.drop_experts import as_before, kept_experts, without_dropped
+from saap.experts import GROUPED_MULTIPLE
 from saap.plan import LayerPlan, Plan
 from saap.resources import Resource, named_resource
 from saap.scores import Scores
@@ -29,6 +32,7 @@ def search(
     modules: Iterable[str] = MODULES,
     uniform: bool = False,
     allow_empty: bool = False,
+    keep_experts: int | None = None,
 ) -> Plan:
     """Choose which units to keep so that at least ``ratio`` of a resource is saved.
 
@@ -45,8 +49,13 @@ def search(
     changes. ``protect`` names layers left alone (negative counts from the end). ``uniform=True`` gives all
     layers the same sizes.
 
+    In a mixture of experts every expert of a layer keeps the same width, ``multiple`` must be one of 8, and
+    ``keep_experts`` first drops whole experts: each layer that is not protected keeps so many, those of the
+    highest router-weighted importance (``saap.drop_experts``), and heads and channels make up what is left of the
+    budget. With neither ratio nor budget nothing else goes.
+
     At least one KV head and ``multiple`` channels stay per layer, unless ``allow_empty`` lets whole attentions and
-    MLPs go; the attention of ``units.anchors`` stays in any case. Deterministic; ties go to the lower
+    MLPs, but no experts, go; the attention of ``units.anchors`` stays in any case. Deterministic; ties go to the lower
     layer and index. Raises ValueError for bad options and, naming the largest, unreachable ratios.
     """
     units = scores.units
@@ -54,34 +63,34 @@ def search(
     modules = _check_options(method, multiple, ratio_of, modules)
     if uniform and protected:
         raise ValueError("uniform=True gives every layer the same sizes, so no layer can be protected; got protect")
-    sizes = {(layer.kv_heads, layer.intermediate_size) for layer in units.layers}
+    sizes = {(layer.kv_heads, layer.intermediate_size, layer.experts) for layer in units.layers}
     if uniform and len(sizes) > 1:
         raise ValueError(f"uniform=True needs a model whose layers have one size; got {len(sizes)} different ones")
+    _check_multiple(units, multiple, modules)
     resource = named_resource(resource)
     resource.check(units)
-    whole = resource.whole(units, ratio_of)
-    target = _target(whole, ratio, budget, resource, ratio_of)
-    ranked = _ranked(scores, method, fluctuation_weight)
-    by_unit = method in ("standardised", "fluctuation")
-    candidates = {
-        (layer, module): Candidates.of(
-            ranked,
-            layer,
-            module,
-            multiple,
-            resource,
-            by_unit=by_unit,
-            allow_empty=allow_empty and not (module == "attention" and layer in units.anchors),
-        )  # fmt: skip
-        for layer in range(len(units.layers))
-        if layer not in protected
-        for module in modules
-    }
-    _check_reachable(candidates.values(), target, whole, f"{ratio_of} {resource.unit}")
-    if method == "uniform" or uniform:
-        removed = same_everywhere(candidates, target, whole, cheapest=method != "uniform")
+    whole, of_what = resource.whole(units, ratio_of), f"{ratio_of} {resource.unit}"
+    kept = None if keep_experts is None else kept_experts(scores, keep_experts, protected)
+    left = scores if kept is None else without_dropped(scores, kept)
+    gone = whole - resource.whole(left.units, ratio_of)  # what dropped experts save
+    if kept is None or ratio is not None or budget is not None:
+        target = _target(whole, ratio, budget, resource, ratio_of) - gone
+        _check_dropped(ratio, target, gone, whole, keep_experts, of_what)
+    else:
+        target = 0.0
+    candidates = _candidates(
+        _ranked(left, method, fluctuation_weight), protected, modules, multiple, resource,
+        by_unit=method in ("standardised", "fluctuation"), allow_empty=allow_empty,
+    )  # fmt: skip
+    _check_reachable(candidates.values(), target, gone, whole, of_what)
+    if target <= 0:
+        removed = dict.fromkeys(candidates, 0)
+    elif method == "uniform" or uniform:
+        removed = same_everywhere(candidates, target, whole, cheapest=method != "uniform", gone=gone)
     else:
         removed = in_order_of_density(candidates, target)
+    layers = _layers(left.units, candidates, removed)
+    layers = layers if kept is None else as_before(layers, units, kept)
     settings: dict[str, Any] = scores.settings | {
         "search": method,
         "ratio": ratio,
@@ -93,8 +102,30 @@ def search(
         "uniform": uniform,
         "allow_empty": allow_empty,
     }
+    settings |= {} if keep_experts is None else {"keep_experts": keep_experts}
     settings |= resource.settings() | ({"fluctuation_weight": fluctuation_weight} if method == "fluctuation" else {})
-    return Plan(units, _layers(units, candidates, removed), settings)
+    return Plan(units, layers, settings)
+
+
+def _candidates(
+    scores: Scores, protected: set[int], modules: tuple[str, ...], multiple: int, resource: Resource, *,
+    by_unit: bool, allow_empty: bool,
+) -> dict[Key, Candidates]:  # fmt: skip
+    units = scores.units
+
+    def may_empty(layer: int, module: str) -> bool:
+        if module == "attention":
+            return allow_empty and layer not in units.anchors
+        return allow_empty and not units.layers[layer].experts
+
+    return {
+        (layer, module): Candidates.of(
+            scores, layer, module, multiple, resource, by_unit=by_unit, allow_empty=may_empty(layer, module)
+        )
+        for layer in range(len(units.layers))
+        if layer not in protected
+        for module in modules
+    }
 
 
 def _ranked(scores: Scores, method: str, fluctuation_weight: float) -> Scores:
@@ -132,12 +163,25 @@ def _target(whole: float, ratio: float | None, budget: float | None, resource: R
     return ratio * whole * (1 - 1e-12)
 
 
-def _check_reachable(candidates: Iterable[Candidates], target: float, whole: float, of_what: str) -> None:
-    largest = sum(float(c.saved[-1]) for c in candidates)
+def _check_reachable(
+    candidates: Iterable[Candidates], target: float, gone: float, whole: float, of_what: str
+) -> None:  # fmt: skip
+    largest = sum(float(c.saved[-1]) for c in candidates) + gone
+    target += gone
     if target > largest:
         raise ValueError(
             f"cannot remove {target / whole:.4f} of the {of_what}: the largest reachable ratio with "
             f"these constraints is {int(largest / whole * 1e4) / 1e4:.4f}"
+        )
+
+
+def _check_dropped(
+    ratio: float | None, target: float, gone: float, whole: float, keep: int | None, of_what: str
+) -> None:  # fmt: skip
+    if ratio is not None and target < -1e-9 * whole:
+        raise ValueError(
+            f"keep_experts={keep} alone removes {math.ceil(gone / whole * 1e4) / 1e4:.4f} of the {of_what}: "
+            f"expected a ratio of at least that, got {ratio}"
         )
 
 
@@ -163,8 +207,17 @@ def _check_options(method: str, multiple: int, ratio_of: str, modules: Iterable[
     return chosen
 
 
+def _check_multiple(units: Units, multiple: int, modules: tuple[str, ...]) -> None:
+    if "mlp" in modules and any(layer.experts for layer in units.layers) and multiple % GROUPED_MULTIPLE:
+        raise ValueError(
+            f"multiple must be a multiple of {GROUPED_MULTIPLE} for mixtures of experts, whose grouped products "
+            f"in transformers need such widths; got {multiple}"
+        )
+
+
 def check_ratio(units: Units, ratio: float, **options: Any) -> None:
     """Raise the ValueError that ``search`` would raise for these options, without any scores."""
     attention, mlp = (torch.zeros(units.count(module), dtype=torch.float64) for module in MODULES)
     flat: dict[str, Any] = {"attention": attention, "mlp": mlp}
-    search(Scores(units, attention, mlp, fluctuation=flat), ratio, **options)
+    experts = torch.zeros(units.expert_offsets()[-1], dtype=torch.float64)
+    search(Scores(units, attention, mlp, fluctuation=flat, experts=experts), ratio, **options)

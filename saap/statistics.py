@@ -104,6 +104,9 @@ class Statistics:
     """What calibration measured on one model; additive over sequences.
 
     ``influence`` (L,) is each decoder layer's block influence: the mean over tokens of 1 - cos(input, output).
+    ``experts`` (2, X), X experts of all layers one after another: the mean over tokens of g ||f(x)||, the router's
+    weight times the norm of the expert's output, 0 where the token went elsewhere, and the share of tokens that are
+    routed to the expert; their ratio is REAP's criterion (Lasby et al., arXiv 2510.13999, equation 9).
     ``data`` holds a fingerprint of each merged calibration set, ``settings`` how it was made.
     """
 
@@ -113,6 +116,7 @@ class Statistics:
     tokens: int = 0
     data: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
+    experts: Tensor = field(default_factory=lambda: torch.zeros(2, 0, dtype=torch.float64))
 
     @classmethod
     def zeros(cls, units: Units) -> "Statistics":
@@ -123,7 +127,14 @@ class Statistics:
             "mlp": units.count("mlp"),
         }
         modules = {m: ModuleStatistics.zeros(matrices[m], units.count(m), features[m]) for m in MODULES}
-        return cls(units, modules, torch.zeros(len(units.layers), dtype=torch.float64))
+        influence = torch.zeros(len(units.layers), dtype=torch.float64)
+        return cls(units, modules, influence, experts=torch.zeros(2, units.expert_offsets()[-1], dtype=torch.float64))
+
+    def unrouted(self) -> dict[int, tuple[int, ...]]:
+        """{layer: its experts that no token was routed to}, of layers that have some."""
+        shares = self.experts[1].split([layer.experts for layer in self.units.layers])
+        found = {index: tuple((share == 0).nonzero().flatten().tolist()) for index, share in enumerate(shares)}
+        return {index: experts for index, experts in found.items() if experts}
 
     @property
     def sequences(self) -> int:
@@ -153,7 +164,8 @@ class Statistics:
                 module.merge_(part.modules[name], merged.tokens, part.tokens)
             merged.tokens += part.tokens
             if part.tokens:
-                merged.influence += (part.influence - merged.influence) * (part.tokens / merged.tokens)
+                for mine, theirs in ((merged.influence, part.influence), (merged.experts, part.experts)):
+                    mine += (theirs - mine) * (part.tokens / merged.tokens)
         merged.data = tuple(sorted(self.data + other.data))
         merged.settings = self.settings | {"merged": len(merged.data)}
         return merged
@@ -177,6 +189,7 @@ class Statistics:
             for name, module in self.modules.items()
             for key, tensor in module.tensors().items()
         } | {"influence": self.influence}
+        tensors |= {"experts": self.experts} if self.experts.numel() else {}
         description = {
             "format": STATISTICS_FORMAT,
             "units": self.units.to_json(),
@@ -216,6 +229,8 @@ class Statistics:
                         setattr(module.salience if owner else module, attribute, stored)
                     module.salience.count = metadata["sequences"]
                 statistics.influence = file.get_tensor("influence")
+                if "experts" in saved:
+                    statistics.experts = file.get_tensor("experts")
         except SafetensorError as error:
             raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
         statistics.tokens = metadata["tokens"]

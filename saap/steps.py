@@ -31,6 +31,7 @@ class Recipe:
     calibration: dict[str, Any] = field(default_factory=dict)
     compensate: str = "none"
     steps: int = 1
+    compensation_inputs: str = "auto"
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
@@ -89,7 +90,14 @@ def prune_in_steps(
             with watch("compensate"):
                 counted = stages.of(step, "compensate")
                 found = compensation(
-                    model, plan, tokenizer, data, method=recipe.compensate, **options, progress=counted
+                    model,
+                    plan,
+                    tokenizer,
+                    data,
+                    method=recipe.compensate,
+                    inputs=recipe.compensation_inputs,
+                    **options,
+                    progress=counted,
                 )
         with watch("compact"):
             model = compact(model, plan, found, copy=copy and step == 1)

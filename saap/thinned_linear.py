@@ -1,10 +1,11 @@
-"""A Linear that loses input features: sums of what it then lacks, and what makes up for it."""
+"""A Linear, or a layer's experts, that lose input features: sums of what they then lack, and what makes up for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from saap.hidden_states import CPU
@@ -13,7 +14,10 @@ from saap.least_squares import NormalEquations
 
 @dataclass(frozen=True)
 class Replacement:
-    """The new ``weight`` (D, K) of a Linear's kept columns and ``bias`` (D,); None where it keeps its own."""
+    """The new ``weight`` (D, K) of a Linear's kept columns and ``bias`` (D,); None where it keeps its own.
+
+    Of experts the weight is (E, D, K), of those that stay.
+    """
 
     weight: Tensor | None
     bias: Tensor | None
@@ -22,7 +26,7 @@ class Replacement:
 class ThinnedLinear:
     """One Linear that loses input features: what is summed for it, and what becomes of it."""
 
-    def __init__(self, linear: nn.Linear, kept: Tensor, name: str, method: str, precision: torch.dtype) -> None:
+    def __init__(self, linear: Any, kept: Tensor, name: str, method: str, precision: torch.dtype) -> None:
         self.linear, self.kept, self.name, self.least_squares = linear, kept, name, method == "least_squares"
         self.own = linear.weight.data  # as the model holds it, whatever it is brought in as
         self.precision = precision
@@ -52,6 +56,10 @@ class ThinnedLinear:
             wanted = wanted - self.linear.bias
         return self._sums(rows, wanted - rows[:, self.kept].to(self.precision) @ self.stays)
 
+    def merge_(self, sums: NormalEquations) -> None:
+        """Add the sums of a micro-batch."""
+        self.equations.merge_(sums)
+
     def _sums(self, rows: Tensor, residual: Tensor) -> NormalEquations:
         kept = self.kept if self.least_squares else self.kept[:0]  # a bias is a least-squares problem without inputs
         return NormalEquations.of(rows[:, kept].to(self.precision), residual)
@@ -60,6 +68,8 @@ class ThinnedLinear:
         """The Linear's new weight and bias; frees the sums."""
         self.equations.all_reduce()
         affine = self.linear.bias is not None or not self.least_squares
+        if not self.equations.tokens:  # an expert that none was routed to
+            return Replacement(self.own[:, self.kept.to(self.own.device)].to(CPU), None)
         change, shift = self.equations.solve(damping, affine, self.name, caution)
         del self.equations, self.stays, self.goes
         weight, bias = None, None
@@ -80,3 +90,30 @@ class ThinnedLinear:
         weight = like[:, self.kept] if new.weight is None else new.weight.to(like)
         bias = self.linear.bias if new.bias is None else new.bias.to(like)
         return lambda inputs: F.linear(inputs[..., self.kept], weight, bias)
+
+
+class ThinnedExperts:
+    """The down matrices of the experts of one layer that stay, each summed over the tokens that are routed to it."""
+
+    def __init__(self, targets: dict[int, ThinnedLinear]) -> None:
+        """{expert: its down matrix}, in the order in which they stay."""
+        self.targets = targets
+
+    def open(self) -> None:
+        """Start to sum; the weights are on the device from here on."""
+        for target in self.targets.values():
+            target.open()
+
+    def missing(self, inputs: Sequence[Tensor]) -> list[NormalEquations]:
+        """As of one Linear; inputs (T_e, F) of every expert."""
+        return [target.missing(inputs[expert]) for expert, target in self.targets.items()]
+
+    def merge_(self, sums: list[NormalEquations]) -> None:
+        """Add the sums of a micro-batch."""
+        for target, own in zip(self.targets.values(), sums, strict=True):
+            target.merge_(own)
+
+    def solved(self, damping: float | str) -> Replacement:
+        """The new weights (E, D, K); frees the sums."""
+        found = [target.solved(damping).weight for target in self.targets.values()]
+        return Replacement(torch.stack([weight for weight in found if weight is not None]), None)

@@ -1,7 +1,8 @@
 """Discovery of coupled structures: the units that pruning removes as a whole (method section 1).
 
 An attention unit is one KV head with the r query heads that read it: rows (and bias entries) of
-q, k and v, columns of o. An MLP unit is one channel: a row of gate and up, a column of down.
+q, k and v, columns of o. An MLP unit is one channel: a row of gate and up, a column of down; in a mixture of
+experts one channel of one expert.
 """
 
 import hashlib
@@ -9,13 +10,16 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from saap.experts import expert_sizes, expert_tensors, mask_experts
 from saap.families import Family, family_of, layers_of, linears_of, projections_of
 from saap.refuse import refuse_unsupported
+from saap.undo import Undo
 
 MODULES = ("attention", "mlp")
 IN_PARTS = ("o", "down")  # their columns belong to units; of the other parts, rows
@@ -28,7 +32,11 @@ def module_of(part: str) -> str:
 
 @dataclass(frozen=True)
 class LayerUnits:
-    """Sizes of one decoder layer; ``biases`` names the parts whose Linear has a bias."""
+    """Sizes of one decoder layer; ``biases`` names the parts whose Linear has a bias.
+
+    A mixture has ``experts`` of width ``intermediate_size`` each, of which a token goes through
+    ``experts_per_token``; both are 0 for a dense MLP.
+    """
 
     hidden_size: int
     query_heads: int
@@ -37,6 +45,8 @@ class LayerUnits:
     intermediate_size: int
     gated: bool
     biases: tuple[str, ...] = ()
+    experts: int = 0
+    experts_per_token: int = 0
 
     @property
     def group(self) -> int:
@@ -45,7 +55,16 @@ class LayerUnits:
 
     def count(self, module: str) -> int:
         """Number of units of ``module`` ("attention" or "mlp") in this layer."""
-        return self.kv_heads if module == "attention" else self.intermediate_size
+        return self.kv_heads if module == "attention" else self.intermediate_size * max(1, self.experts)
+
+    def used_share(self, module: str) -> float:
+        """Share of the units of ``module`` that one token goes through."""
+        return self.experts_per_token / self.experts if module == "mlp" and self.experts else 1.0
+
+    @property
+    def router_weights(self) -> int:
+        """Weights of the router, a row for every expert."""
+        return self.experts * self.hidden_size
 
     def unit_weights(self, module: str) -> int:
         """As ``unit_parameters``, without biases: also the multiply-accumulates of one token."""
@@ -115,8 +134,15 @@ class Units:
             starts.append(starts[-1] + layer.query_heads * layer.head_dim)
         return starts
 
+    def expert_offsets(self) -> list[int]:
+        """As ``offsets``, of the experts."""
+        return [0, *accumulate(layer.experts for layer in self.layers)]
+
     def indices(self, layer: int, module: str, unit: int) -> dict[str, tuple[str, range]]:
-        """{part: ("out" | "in", rows or columns)} of everything one unit owns (bias with "out")."""
+        """{part: ("out" | "in", rows or columns)} of everything one unit owns (bias with "out").
+
+        Of experts the rows, or columns, are those of all experts' matrices one after another.
+        """
         sizes = self.layers[layer]
         if not 0 <= unit < sizes.count(module):
             raise ValueError(f"layer {layer} has {module} units 0 to {sizes.count(module) - 1}; got {unit}")
@@ -146,7 +172,7 @@ def discover(model: PreTrainedModel, family: str | None = None) -> Units:
 
     ``family`` overrides the config's ``model_type``. Sizes are read from the weights, so a model
     that is already pruned is described as it stands. Raises ValueError for unknown families and
-    for quantised, PEFT-wrapped, mixture-of-experts or multimodal models.
+    for quantised, PEFT-wrapped or multimodal models, and for mixtures of experts with dense layers or shared experts.
     """
     refuse_unsupported(model)
     row = family_of(model, family)
@@ -182,14 +208,15 @@ def _describe(layer: nn.Module, family: Family, index: int) -> LayerUnits:
         raise ValueError(
             f"layer {index}: expected query heads to be a multiple of KV heads, got {query_heads} and {kv_heads}"
         )
+    mlp = expert_sizes(layer, family, index) or {"intermediate_size": projections["down"].in_features}
     return LayerUnits(
         hidden_size=projections["q"].in_features,
         query_heads=query_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        intermediate_size=projections["down"].in_features,
         gated=family.gate is not None,
         biases=tuple(part for part, projection in projections.items() if projection.bias is not None),
+        **mlp,
     )
 
 
@@ -200,9 +227,10 @@ def fingerprint(model: PreTrainedModel, family: Family) -> str:
     """
     digest = hashlib.sha256(family.name.encode())
     for layer in layers_of(model, family):
-        for part, projection in projections_of(layer, family).items():
-            weight = projection.weight.detach()
-            digest.update(f"{part}{tuple(weight.shape)}".encode())
+        parts = {part: projection.weight for part, projection in projections_of(layer, family).items()}
+        for part, tensor in (parts | expert_tensors(layer, family)).items():
+            digest.update(f"{part}{tuple(tensor.shape)}".encode())
+            weight = tensor.detach().flatten(0, -2)
             if not weight.is_meta and weight.numel():
                 flat = torch.linspace(0, weight.numel() - 1, 64, dtype=torch.float64).long()
                 sample = weight[flat // weight.shape[1], flat % weight.shape[1]]
@@ -216,28 +244,29 @@ def unit_masks(
 ) -> Iterator[dict[str, list[Tensor]]]:
     """Multiply every unit's output by a mask of ones while the context is open.
 
-    Yields {"attention": [(kv_heads,) per layer], "mlp": [(intermediate_size,) per layer]} leaf
+    Yields {"attention": [(kv_heads,) per layer], "mlp": [(channels,) per layer, of all experts]} leaf
     tensors that require grad, at the input of o and of down. Zeroing an entry is the same
     function as removing the unit; its gradient is the unit's ``last`` vector salience.
     """
     family = family_of(model, units.family)
     masks: dict[str, list[Tensor]] = {module: [] for module in MODULES}
-    handles = []
+    undo = Undo()
     for sizes, layer in zip(units.layers, layers_of(model, family), strict=True):
         linears = linears_of(layer, family)
         for module, part in (("attention", "o"), ("mlp", "down")):
-            weight = linears[part].weight
+            weight = linears.get(part, linears["o"]).weight
             mask = torch.ones(
                 sizes.count(module), dtype=dtype or weight.dtype, device=weight.device, requires_grad=True
             )
             masks[module].append(mask)
-            if len(mask):
-                handles.append(linears[part].register_forward_pre_hook(_multiplier(mask)))
+            if part not in linears:
+                undo.add(mask_experts(layer, family, mask))
+            elif len(mask):
+                undo.add(linears[part].register_forward_pre_hook(_multiplier(mask)).remove)
     try:
         yield masks
     finally:
-        for handle in handles:
-            handle.remove()
+        undo.restore()
 
 
 def _multiplier(mask: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:

@@ -1,6 +1,6 @@
 """Sizes of the weights that each unit and each input feature owns, for criteria that weigh by them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -17,15 +17,21 @@ def by_unit(lines: Tensor, sizes: LayerUnits, part: str) -> Tensor:
     return lines.view(-1, sizes.rows_per_unit(part)).sum(1)
 
 
-def line_norms(projections: Mapping[str, Projection]) -> dict[str, tuple[Tensor, Tensor]]:
+def line_norms(projections: Iterable[tuple[str, Projection]]) -> dict[str, tuple[Tensor, Tensor]]:
     """Sum of |w| and of w^2 of each row, its bias included, or of each column of o and down, of a layer's parts.
+
+    Those of a part that comes several times, of one expert after another, follow each other.
 
     Summed in fp32 (float64 weights in float64) along each line, on a CPU in panels whose sums add up in float64. On a
     device a weight is read twice, without a copy of it; everything comes over in one transfer.
     """
-    lines = [norm for part, projection in projections.items() for norm in _norms(projection, part)]
-    moved = on_host(lines)
-    return dict(zip(projections, zip(moved[::2], moved[1::2], strict=True), strict=True))
+    named = list(projections)
+    moved = on_host([norm for part, projection in named for norm in _norms(projection, part)])
+    found: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    for (part, _), l1, square in zip(named, moved[::2], moved[1::2], strict=True):
+        for norms, norm in zip(found.setdefault(part, ([], [])), (l1, square), strict=True):
+            norms.append(norm)
+    return {part: (torch.cat(l1), torch.cat(square)) for part, (l1, square) in found.items()}
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ class TaylorImportance(GroupTaylorImportance):  # type: ignore[misc]  # Torch-Pr
     Per channel of a group sum |w * dw| (Molchanov et al., CVPR 2019), |sum w * dw| with ``multivariable``;
     ``group_reduction``, ``normalizer`` and ``bias`` mean what they mean there. Calling it returns (channels,)
     fp32, or None for a group without parameters. Raises RuntimeError when the group's layers were not
-    collected, or were pruned since; ValueError for layers of other types and for tied weights.
+    collected, or were pruned since; ValueError for layers of other types, experts and tied weights.
     """
 
     def __init__(
@@ -66,6 +66,8 @@ class TaylorImportance(GroupTaylorImportance):  # type: ignore[misc]  # Torch-Pr
         pass (absolute values do not add up over passes) and when none ran.
         """
         self._importance.clear()
+        if any(isinstance(getattr(module, "gate_up_proj", None), nn.Parameter) for module in model.modules()):
+            raise ValueError("mixtures of experts are not supported: their experts are 3-D tensors, not nn.Linear")
         self._tied = _tied(model)
         wanted = _axes(model) if groups is None else _axes_of(groups)
         undo = Undo()

@@ -139,7 +139,10 @@ def _print_info(found: ModelInfo) -> None:
     for sizes, run in groupby(found.layers):
         end = start + len(list(run)) - 1
         heads = f"{sizes.query_heads} + {sizes.kv_heads} of {sizes.head_dim}"
-        rows.append([str(start) if start == end else f"{start}-{end}", heads, f"{sizes.intermediate_size:,}"])
+        width = f"{sizes.intermediate_size:,}"
+        if sizes.experts:
+            width = f"{width} in each of {sizes.experts} experts, {sizes.experts_per_token} per token"
+        rows.append([str(start) if start == end else f"{start}-{end}", heads, width])
         start = end + 1
     console.print_table("", ["layer", "query + KV heads", "channels"], rows)
 
@@ -152,5 +155,6 @@ def _print_comparison(found: Comparison) -> None:
     if not differing:
         typer.echo("all layers have the same sizes")
         return
-    rows = [[str(index), f"{a:,} → {b:,}", f"{c:,} → {d:,}"] for index, (a, b), (c, d) in differing]
-    console.print_table("layers that differ", ["layer", "KV heads", "channels"], rows)
+    rows = [[str(index), *(f"{a:,} → {b:,}" for a, b in row)] for index, *row in differing]
+    columns = ["layer", "KV heads", "channels", "experts"][: len(rows[0])]
+    console.print_table("layers that differ", columns, rows)

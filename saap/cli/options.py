@@ -24,13 +24,20 @@ Method = Annotated[
     ),
 ]
 RatioOf = Annotated[Literal["model", "blocks"], typer.Option(help="What the ratio is a share of.")]
-Multiple = Annotated[int, typer.Option(help="Kept MLP widths are multiples of this.")]
+Multiple = Annotated[int, typer.Option(help="Kept MLP widths are multiples of this; of experts a multiple of 8.")]
 Protect = Annotated[str, typer.Option(help="Layers left alone, such as 0,1,-1.")]
 Uniform = Annotated[bool, typer.Option("--uniform", help="The same sizes in every layer: saves as a stock model.")]
 FluctuationWeight = Annotated[
     float, typer.Option(help="Of --method fluctuation: how much z(fluctuation) counts against z(importance).")
 ]
 AllowEmpty = Annotated[bool, typer.Option("--allow-empty", help="Whole attentions and MLPs may go.")]
+KeepExperts = Annotated[
+    int | None,
+    typer.Option(
+        help="Of a mixture of experts: every layer first drops all but so many experts, those of the highest "
+        "router-weighted importance; the rest of the ratio comes from heads and channels."
+    ),
+]
 ResourceName = Annotated[
     Literal["parameters", "macs", "bytes", "latency"],
     typer.Option("--resource", help="What the ratio is counted in; latency needs --latency-table."),
@@ -47,6 +54,13 @@ LatencyDevice = Annotated[
 Compensate = Annotated[
     Literal["none", "bias", "least_squares"],
     typer.Option(help="Make up for what is removed by a bias or new weights of o and down; needs --data."),
+]
+CompensationInputs = Annotated[
+    Literal["auto", "dense", "pruned"],
+    typer.Option(
+        help="What new weights are solved on: inputs of the pruned model (three passes, better) or of the dense one "
+        "(one pass). auto: pruned for least_squares, unless experts lose channels."
+    ),
 ]
 Steps = Annotated[int, typer.Option(help="Prune in so many steps, calibrating again after each; needs --data.")]
 Samples = Annotated[int, typer.Option(help="Calibration sequences.")]
@@ -101,12 +115,14 @@ def calibration_options(
 def search_options(
     method: str, fluctuation_weight: float, ratio_of: str, resource: str, context: int, latency_table: Path | None,
     latency_device: str | None, multiple: int, protect: str, uniform: bool, allow_empty: bool,
+    keep_experts: int | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Keyword arguments of ``saap.search`` from the command line's text."""
     return {
         "method": method, "fluctuation_weight": fluctuation_weight, "ratio_of": ratio_of,
         "resource": _resource(resource, context, latency_table, latency_device), "multiple": multiple,
         "protect": layer_indices(protect), "uniform": uniform, "allow_empty": allow_empty,
+        "keep_experts": keep_experts,
     }  # fmt: skip
 
 

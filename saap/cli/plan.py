@@ -14,6 +14,7 @@ from saap.cli.options import (
     Debug,
     FluctuationWeight,
     Force,
+    KeepExperts,
     LatencyDevice,
     LatencyFile,
     Method,
@@ -33,8 +34,14 @@ from saap.statistics import Statistics
 
 def plan(
     statistics: Annotated[Path, typer.Argument(help="A statistics file written by saap calibrate.")],
-    ratio: Annotated[float, typer.Option(help="Share of the parameters, or other resource, to remove, in (0, 1).")],
     out: Annotated[Path, typer.Option(help="The plan file, .json.")],
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the parameters, or other resource, to remove, in (0, 1); may be left out with "
+            "--keep-experts, to drop experts and nothing else."
+        ),
+    ] = None,
     criterion: Criterion = "saap",
     method: Method = "global",
     fluctuation_weight: FluctuationWeight = 0.5,
@@ -47,6 +54,7 @@ def plan(
     protect: Protect = "",
     uniform: Uniform = False,
     allow_empty: AllowEmpty = False,
+    keep_experts: KeepExperts = None,
     force: Force = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -60,7 +68,7 @@ def plan(
         pipeline.refuse_existing_file(out, force)
         options = search_options(
             method, fluctuation_weight, ratio_of, resource, context, latency_table, latency_device, multiple,
-            protect, uniform, allow_empty,
+            protect, uniform, allow_empty, keep_experts,
         )  # fmt: skip
         found = search(score(Statistics.load(statistics), criterion), ratio, **options)
         found.save(out)
@@ -71,13 +79,16 @@ def plan(
 
 
 def _print_plan(plan: Plan) -> None:
+    mixture = any(sizes.experts for sizes in plan.units.layers)
     rows = [
         [
             str(index),
             f"{len(layer.kv_heads)} of {sizes.kv_heads}",
-            f"{len(layer.channels)} of {sizes.intermediate_size}",
+            *([f"{len(layer.experts)} of {sizes.experts}"] if mixture else []),
+            f"{layer.width} of {sizes.intermediate_size}",
         ]
         for index, (layer, sizes) in enumerate(zip(plan.layers, plan.units.layers, strict=True))
     ]
+    columns = ["experts", "channels of each"] if mixture else ["channels"]
     title = f"removes {plan.ratio:.2%} of all parameters, {plan.block_ratio:.2%} of the blocks'"
-    console.print_table(title, ["layer", "KV heads", "channels"], rows)
+    console.print_table(title, ["layer", "KV heads", *columns], rows)

@@ -14,6 +14,7 @@ from saap.cli.options import (
     BatchSize,
     Checkpoint,
     Compensate,
+    CompensationInputs,
     Context,
     Criterion,
     Data,
@@ -21,6 +22,7 @@ from saap.cli.options import (
     Dtype,
     FluctuationWeight,
     Force,
+    KeepExperts,
     LatencyDevice,
     LatencyFile,
     Method,
@@ -72,7 +74,9 @@ def prune(
     protect: Protect = "",
     uniform: Uniform = False,
     allow_empty: AllowEmpty = False,
+    keep_experts: KeepExperts = None,
     compensate: Compensate = "none",
+    compensation_inputs: CompensationInputs = "auto",
     steps: Steps = 1,
     samples: Samples = 128,
     seq_len: SeqLen = 512,
@@ -104,13 +108,13 @@ def prune(
         refuse_ranks("prune", "calibrate with torchrun, then prune with --statistics")
         options = search_options(
             method, fluctuation_weight, ratio_of, resource, context, latency_table, latency_device, multiple,
-            protect, uniform, allow_empty,
+            protect, uniform, allow_empty, keep_experts,
         )  # fmt: skip
         job = pipeline.Job(
             out, pipeline.parse_ratios(ratio, plan), data, plan, statistics, save_statistics, eval_text, criterion,
             options, calibration_options(samples, seq_len, batch_size, checkpoint, backend, seed), layout, force,
             report=report, baselines=tuple(name.strip() for name in baselines.split(",") if name.strip()),
-            compensate=compensate, steps=steps,
+            compensate=compensate, steps=steps, compensation_inputs=compensation_inputs,
         )  # fmt: skip
         job.check_files()
         with console.screen.status("loading the model"):

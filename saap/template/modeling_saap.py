@@ -3,7 +3,7 @@
 ``SaapLlamaForCausalLM`` and ``SaapLlamaModel`` build the stock Llama and give every layer's projections the
 sizes that ``config.per_layer_config`` states. ``config.saap_layout`` holds the paths of the layers and
 projections, and which of these have a bias; parts with one path are rows of one Linear. Classes are made on
-request from the name, so one file serves every family.
+request from the name, so one file serves every family. The block of a mixture of experts is built anew.
 """
 
 import warnings
@@ -35,6 +35,11 @@ class NoAttention:
         return self.attention.get_submodule(self.o_name)(hidden_states[..., :0]), None
 
 
+def sizes_of(config, name):
+    """A size as the configuration stores it, which for the model as a whole must not be read by its attribute."""
+    return vars(config)[config.attribute_map.get(name, name)]
+
+
 class SizedConfig:
     """A configuration as the modules of one layer read it, or (index None) those outside the layers: with one size.
 
@@ -44,9 +49,10 @@ class SizedConfig:
 
     def __init__(self, config, index=None):
         layout = config.saap_layout
-        names = [layout[name] for name in ("query_heads", "kv_heads", "intermediate_size") if layout[name]]
-        sizes = vars(config if index is None else config.per_layer_config[index])
-        vars(self).update({name: sizes[name] for name in names}, model_config=config)
+        names = [layout.get(name) for name in ("query_heads", "kv_heads", "intermediate_size", "experts")]
+        names += [each for pair in config.attribute_map.items() if set(pair) & set(names) for each in pair]
+        sizes = config if index is None else config.per_layer_config[index]
+        vars(self).update({name: sizes_of(sizes, name) for name in filter(None, names)}, model_config=config)
 
     def __getattr__(self, name):
         if name.startswith("__"):  # copy and pickle ask before there is a model_config
@@ -82,6 +88,21 @@ class _Resized:
         for index, layer in enumerate(layers):
             self._resize(layer, SizedConfig(config, index), layout)
 
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        base = getattr(transformers, cls.__name__.removeprefix("Saap"))
+        return base._can_set_experts_implementation()  # reads the file of the class for experts; here are none
+
+    def _rebuild(self, layer, path, config):
+        old = layer.get_submodule(path)
+        like = next(old.parameters())
+        with like.device:
+            new = type(old)(config).to(like.dtype)
+        for module in new.modules():
+            if not like.is_meta:
+                self._init_weights(module)
+        layer.set_submodule(path, new.requires_grad_(like.requires_grad))
+
     def _resize(self, layer, config, layout):
         query_heads = getattr(config, layout["query_heads"])
         kv_heads = getattr(config, layout["kv_heads"] or layout["query_heads"])
@@ -90,9 +111,11 @@ class _Resized:
         extents = {"q": query_heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim, "up": width}
         extents |= {"gate": width, "o": extents["q"], "down": width}
         paths = layout["projections"]
+        if "sparse_block" in layout:
+            self._rebuild(layer, layout["sparse_block"], config)
         for path in dict.fromkeys(paths.values()):
             old = layer.get_submodule(path)
-            inside = path in (paths["o"], paths["down"])
+            inside = path in (paths["o"], paths.get("down"))
             here = [part for part in paths if paths[part] == path]
             bias = old.bias is not None or any(part in layout.get("biases", ()) for part in here)
             extent = sum(extents[part] for part in here)

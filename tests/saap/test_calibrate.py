@@ -33,6 +33,7 @@ def measure(model, batches, **options) -> Statistics:
 def assert_same(left: Statistics, right: Statistics, rtol: float = 1e-9) -> None:
     assert left.sequences == right.sequences and left.tokens == right.tokens
     torch.testing.assert_close(left.influence, right.influence, rtol=rtol, atol=0)
+    torch.testing.assert_close(left.experts, right.experts, rtol=rtol, atol=0)
     for name in MODULES:
         for key, tensor in left.modules[name].tensors().items():
             other = right.modules[name].tensors()[key]

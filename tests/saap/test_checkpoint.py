@@ -14,7 +14,8 @@ from saap.checkpoint import load, save
 from saap.compact import compact
 from saap.families import layers_of
 from saap.plan import LayerPlan, Plan
-from saap.units import discover, unit_masks
+from saap.units import Units, discover, unit_masks
+from tests.saap.oracle import experts_unreachable
 from tests.saap.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 NON_UNIFORM = (((0, 2, 3), range(0, 90, 2)), ((1,), range(5, 38)), ((0, 1, 2, 3), range(97)))
@@ -23,6 +24,8 @@ UNIFORM = (((0, 2), range(0, 64)), ((1, 3), range(33, 97)), ((0, 3), [*range(32)
 
 def make_plan(model, shape: str = "non-uniform") -> Plan:
     units = discover(model)
+    if units.layers[0].experts:
+        return mixture_plan(units, shape)
     rows = NON_UNIFORM if shape == "non-uniform" else UNIFORM
     group = units.layers[0].kv_heads // 4  # OPT has 8 KV heads: keep them in pairs
     layers = [
@@ -32,13 +35,26 @@ def make_plan(model, shape: str = "non-uniform") -> Plan:
     return Plan(units, tuple(layers), {"made": "by hand"})
 
 
+def mixture_plan(units: Units, shape: str) -> Plan:
+    """Every expert keeps channels of its own, and no layer the same ones."""
+    heads = [kept for kept, _ in (NON_UNIFORM if shape == "non-uniform" else UNIFORM)]
+    sizes = zip(((4, 16), (3, 8), (2, 24)) if shape == "non-uniform" else [(3, 16)] * 3, units.layers, strict=True)
+    layers = []
+    for index, ((experts, width), layer) in enumerate(sizes):
+        full = layer.intermediate_size
+        kept = sorted((index + 2 * i + i // 2) % layer.experts for i in range(experts))
+        channels = [e * full + c for e in kept for c in sorted((5 * e + 7 * c + index) % full for c in range(width))]
+        layers.append(LayerPlan(heads[index], tuple(channels), tuple(kept)))
+    return Plan(units, tuple(layers), {"made": "by hand"})
+
+
 def ids(rows: int = 2, length: int = 10) -> torch.Tensor:
     return torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
 def compacted_as_masked(model, plan: Plan):
-    """The model compacted by ``plan``, checked against the same units masked by zeros."""
-    with torch.no_grad(), unit_masks(model, plan.units) as masks:
+    """The model compacted by ``plan``, checked against the same units masked by zeros, dropped experts unreachable."""
+    with torch.no_grad(), unit_masks(model, plan.units) as masks, experts_unreachable(model, plan):
         for index, layer in enumerate(plan.layers):
             for module, kept in (("attention", layer.kv_heads), ("mlp", layer.channels)):
                 keep = torch.zeros_like(masks[module][index])

@@ -15,7 +15,7 @@ from saap.units import IN_PARTS
 from tests.saap.test_calibrate import FAMILIES
 from tests.saap.test_checkpoint import make_plan
 from tests.saap.test_stream import state_of
-from tests.saap.tiny import tiny_model
+from tests.saap.tiny import MIXTURES, tiny_model
 
 DATA = torch.randint(0, 64, (9, 24), generator=torch.Generator().manual_seed(3))
 OPTIONS = {"data": DATA, "samples": 9, "seq_len": 24, "batch_size": 2}  # the last micro-batch is smaller
@@ -72,6 +72,8 @@ def kept_of(plan: Plan, index: int, part: str) -> Tensor:
 def test_dense_inputs_give_the_ridge_solution(family: str) -> None:
     model = tiny_model("llama", **PLAIN) if family == "plain llama" else tiny_model(family)
     plan = make_plan(model)
+    if family in MIXTURES:  # whose experts have tests of their own
+        plan = Plan(plan.units, tuple(LayerPlan(layer.kv_heads, tuple(range(96))) for layer in plan.layers))
     found = saap.compensation(model, plan, **OPTIONS, inputs="dense", damping=DAMPING)
     for (index, part), (x, y) in operands(model).items():
         linear, kept = parts_of(model)[index, part], kept_of(plan, index, part)

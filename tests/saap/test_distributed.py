@@ -21,22 +21,25 @@ RUN = (sys.executable, "-m", "torch.distributed.run", *RENDEZVOUS, "-m", "saap")
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    saap.save(tiny_model("llama", torch.float32), folder / "dense", tokenizer=tiny_tokenizer())
+    for family, name in (("llama", "dense"), ("mixtral", "mixture")):
+        saap.save(tiny_model(family, torch.float32), folder / name, tokenizer=tiny_tokenizer())
     letters = "the quick brown fox jumps over lazy dogs. "
     (folder / "text.txt").write_text("\n\n".join(letters[i:] + letters[:i] for i in range(3000)))
     return folder
 
 
-def arguments(folder: Path, out: str, samples: int = 7) -> list[str]:
+def arguments(folder: Path, out: str, samples: int = 7, model: str = "dense") -> list[str]:
     options = ("--data", folder / "text.txt", "--out", folder / out, "--samples", samples, "--seq-len", 16)
-    return [str(a) for a in ("calibrate", folder / "dense", *options, "--batch-size", 2)]
+    return [str(a) for a in ("calibrate", folder / model, *options, "--batch-size", 2)]
 
 
-def test_two_processes_give_the_statistics_of_one_and_the_same_plan(workplace) -> None:
-    subprocess.run([*RUN, *arguments(workplace, "two.safetensors")], check=True, capture_output=True, timeout=90)
-    single = [sys.executable, "-m", "saap", *arguments(workplace, "one.safetensors")]
-    subprocess.run(single, check=True, capture_output=True, timeout=90)
-    one, two = (saap.Statistics.load(workplace / f"{name}.safetensors") for name in ("one", "two"))
+@pytest.mark.parametrize("model", ["dense", "mixture"])
+def test_two_processes_give_the_statistics_of_one_and_the_same_plan(workplace, model: str) -> None:
+    options = {"check": True, "capture_output": True, "timeout": 90}
+    subprocess.run([*RUN, *arguments(workplace, f"{model}-two.safetensors", model=model)], **options)
+    single = [sys.executable, "-m", "saap", *arguments(workplace, f"{model}-one.safetensors", model=model)]
+    subprocess.run(single, **options)
+    one, two = (saap.Statistics.load(workplace / f"{model}-{name}.safetensors") for name in ("one", "two"))
     assert_same(two, one, rtol=1e-5)  # fp32 models; other micro-batches round otherwise
     assert one.data == two.data and one.settings == two.settings
     plans = [saap.search(saap.score(statistics), 0.3, multiple=8) for statistics in (one, two)]

@@ -18,7 +18,7 @@ from tests.saap.test_calibrate import assert_same, measure, token_ids
 from tests.saap.test_checkpoint import compacted_as_masked, ids
 from tests.saap.test_resources import make_table
 from tests.saap.test_search import make_scores, make_units
-from tests.saap.tiny import FAMILIES, tiny_model
+from tests.saap.tiny import DENSE, tiny_model
 
 EMPTY = {"allow_empty": True}
 
@@ -36,7 +36,7 @@ def hollow(family: str, dtype=torch.float64):
     return compact(model, hollow_plan(model))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_zero_masks_equal_removal(family: str) -> None:
     model = tiny_model(family)
     plan = hollow_plan(model)
@@ -46,7 +46,7 @@ def test_zero_masks_equal_removal(family: str) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_round_trip_and_caches(tmp_path, family: str) -> None:
     model = hollow(family, torch.float32)
     save(model, tmp_path / "out")

@@ -155,7 +155,7 @@ def test_weights_beyond_the_models_dtype_are_refused() -> None:
     ("options", "message"),
     [
         ({"method": "none"}, "method must be one of bias, least_squares; got 'none'"),
-        ({"inputs": "both"}, "inputs must be one of dense, pruned; got 'both'"),
+        ({"inputs": "both"}, "inputs must be one of auto, dense, pruned; got 'both'"),
         ({"damping": 0}, 'damping must be "auto" or a positive number; got 0'),
         ({"damping": float("nan")}, 'damping must be "auto" or a positive number; got nan'),
         ({"damping": "much"}, 'damping must be "auto" or a positive number; got .much.'),

@@ -21,6 +21,7 @@ OPTIONS = {"samples": 7, "seq_len": 12, "batch_size": 3}  # the last micro-batch
 
 def assert_equal(left: saap.Statistics, right: saap.Statistics) -> None:
     assert (left.sequences, left.tokens) == (right.sequences, right.tokens)
+    assert torch.equal(left.experts, right.experts)
     for name in MODULES:
         for key, tensor in left.modules[name].tensors().items():
             assert torch.equal(tensor, right.modules[name].tensors()[key]), f"{name}.{key}"

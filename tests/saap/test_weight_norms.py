@@ -27,7 +27,7 @@ def test_both_ways_agree_with_float64(monkeypatch, dtype: torch.dtype, whole: bo
     linears = {"up": nn.Linear(300, 700, dtype=dtype), "down": nn.Linear(700, 300, bias=False, dtype=dtype)}
     # positive terms, hundreds of them, added in fp32, or float64 weights in float64 (the root costs a rounding)
     rtol = 1e-13 if dtype == torch.float64 else 1e-5
-    for part, norms in line_norms(linears).items():
+    for part, norms in line_norms(linears.items()).items():
         for got, want in zip(norms, exact(linears[part], part), strict=True):
             assert got.dtype == torch.float64
             torch.testing.assert_close(got, want, rtol=rtol, atol=0)
@@ -49,7 +49,7 @@ def test_a_device_runs_few_operations_and_makes_no_copy_of_the_weight(monkeypatc
     monkeypatch.setattr(weight_norms, "_in_panels", weight_norms._whole)
     linear = nn.Linear(64, 2000, dtype=torch.bfloat16)
     with Operations() as seen:
-        line_norms({part: linear})
+        line_norms([(part, linear)])
     assert len(seen.results) <= 16  # panels take 6 each
     own = linear.weight.untyped_storage().data_ptr()
     copies = [t for t in seen.results if t.numel() >= linear.weight.numel() and t.untyped_storage().data_ptr() != own]

@@ -6,11 +6,13 @@ from transformers import (
     Gemma2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 FAMILIES = {
@@ -32,8 +34,18 @@ FAMILIES = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         },
     ),
+    "mixtral": (MixtralConfig, {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {
+            "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16,
+            "attention_bias": True, "norm_topk_prob": False,
+        },
+    ),
     "opt": (OPTConfig, {"ffn_dim": 97, "word_embed_proj_dim": 64, "dropout": 0.0}),
 }  # fmt: skip
+MIXTURES = ("mixtral", "qwen3_moe")
+DENSE = tuple(family for family in FAMILIES if family not in MIXTURES)
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides) -> PreTrainedModel:
@@ -47,6 +59,8 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, *
     }
     if family != "opt":
         sizes |= {"intermediate_size": 97, "num_key_value_heads": 4}
+    if family in MIXTURES and dtype == torch.float64:
+        sizes["experts_implementation"] = "eager"  # grouped_mm, the default, takes no float64
     config = kind(**sizes | own | overrides)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     torch.manual_seed(seed)  # after construction, so that every dtype draws the same weights
