@@ -230,7 +230,7 @@ class Statistics:
                     module.salience.count = metadata["sequences"]
                 statistics.influence = file.get_tensor("influence")
                 if "experts" in saved:
-                    statistics.experts = file.get_tensor("experts")
+                    statistics.experts.copy_(file.get_tensor("experts"))
         except SafetensorError as error:
             raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
         statistics.tokens = metadata["tokens"]

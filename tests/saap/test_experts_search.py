@@ -9,7 +9,7 @@ import torch
 import saap
 from saap.cost import cost_of
 from saap.plan import LayerPlan, Plan
-from saap.resources import Bytes, Latency, Macs
+from saap.resources import Bytes, Latency, Macs, named_resource
 from saap.scores import Scores
 from saap.search import check_ratio, search
 from saap.units import LayerUnits, Units, discover
@@ -75,7 +75,7 @@ def test_every_method_reaches_every_budget(method: str, keep: int | None, resour
     plan = search(scores, ratio, resource=resource, method=method, multiple=8, keep_experts=keep)
     pruned = saap.compact(model, plan)
     before, after = discover(tiny_model("mixtral", torch.float32)), discover(pruned)
-    resource = saap.search.__globals__["named_resource"](resource)
+    resource = named_resource(resource)
     assert resource.whole(after, "model") <= (1 - ratio) * resource.whole(before, "model") * (1 + 1e-12)
     assert [layer.experts for layer in after.layers] == [keep or 4] * 3
     assert after.total_parameters == before.total_parameters - plan.removed_parameters
