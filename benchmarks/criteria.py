@@ -76,6 +76,7 @@ def measure_cells(
                     case.compensate,
                     case.steps,
                     case.inputs,
+                    case.step_samples,
                 )
                 pruned = prune_in_steps(model, tokenizer, data, ratio, recipe, statistics=statistics, copy=True).model
                 found = perplexity(pruned, tokenizer, [ids])
@@ -94,7 +95,7 @@ def rows_of(cells: list[Cell]) -> list[Row]:
 
 
 def tasks(args: argparse.Namespace) -> list[Task]:
-    cases = [case for case in CASES if case.group in args.groups.split(",")]
+    cases = [case for case in CASES if case.group in args.groups.split(",") and args.match in case.name]
     seeds = [int(seed) for seed in args.seeds.split(",")]
 
     def measure() -> list[Row]:
@@ -118,6 +119,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", default="selection", choices=("selection", "report"))
     parser.add_argument("--seeds", default="0", help="calibration seeds, such as 0,1,2,3,4")
     parser.add_argument("--groups", default="criteria,choices,pipelines", help="tables to measure")
+    parser.add_argument("--match", default="", help="only cases with this in their name")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of the text")
     parser.add_argument("--cells", type=Path, help="write every cell to this file, as it is measured")
 

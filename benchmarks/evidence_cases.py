@@ -23,6 +23,7 @@ class Case:
     compensate: str = "none"
     steps: int = 1
     inputs: str = "auto"
+    step_samples: int | None = None
 
 
 def _criteria() -> list[Case]:
@@ -87,6 +88,7 @@ def _pipelines() -> list[Case]:
         Case("saap, 4 steps", "pipelines", saap, {}, "none", 4),
         Case("saap, 4 steps, least squares", "pipelines", saap, {}, "least_squares", 4),
         Case("saap, 4 steps, least squares, dense inputs", "pipelines", saap, {}, "least_squares", 4, "dense"),
+        Case("saap, 4 steps of 32 new sequences, least squares", "pipelines", saap, {}, "least_squares", 4, "auto", 32),
         Case(
             "mask gradient, least squares", "pipelines", partial(score, criterion="mask_gradient"), {}, "least_squares"
         ),

@@ -55,6 +55,10 @@ class Moments:
         """A view of ``length`` units from ``start`` along the last dimension."""
         return Moments(self.count, *(getattr(self, name).narrow(-1, start, length) for name in self.FIELDS))
 
+    def select(self, units: Tensor) -> "Moments":
+        """A copy of the given units, (n,) int64, along the last dimension."""
+        return Moments(self.count, *(tensor[..., units] for tensor in self.tensors().values()))
+
     def merge_(self, other: "Moments") -> None:
         """Add the sequences of ``other``; writes into this object's tensors."""
         if not other.count:

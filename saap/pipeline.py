@@ -72,6 +72,7 @@ class Job:
     compensate: str = "none"
     steps: int = 1
     compensation_inputs: str = "auto"
+    step_samples: int | None = None
 
     def targets(self) -> dict[float | None, Path]:
         """{ratio: directory}; a plan has the ratio None."""
@@ -112,8 +113,10 @@ class Job:
 
     def recipe(self) -> Recipe:
         """How each ratio is pruned; raises ValueError for a number of steps that is none."""
-        inputs = self.compensation_inputs
-        return Recipe(self.criterion, self.search_options, self.calibration, self.compensate, self.steps, inputs)
+        return Recipe(
+            self.criterion, self.search_options, self.calibration, self.compensate, self.steps,
+            self.compensation_inputs, self.step_samples,
+        )  # fmt: skip
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[Result]:
         """Do the work; every output appears complete or not at all."""

@@ -53,6 +53,7 @@ def prune(
     compensate: str = "none",
     compensation_inputs: str = "auto",
     steps: int = 1,
+    step_samples: int | None = None,
     samples: int = 128,
     seq_len: int = 512,
     batch_size: int | str = "auto",
@@ -67,12 +68,12 @@ def prune(
     """Remove ``ratio`` of the model's parameters, or of another ``resource``; the model is changed and returned.
 
     ``statistics`` from an earlier ``calibrate`` of this model replaces ``data``. ``steps`` above 1 removes the
-    ratio in that many equal steps and calibrates again after each. ``compensate`` "bias" or "least_squares" makes up
-    for what a step removes by ``compensation`` with inputs ``compensation_inputs``. Both need ``data`` with
-    statistics too. ``eval_text`` (what
-    ``evaluate`` takes) is evaluated on the dense and then on the pruned model. The other arguments are those of
-    ``calibrate``, ``score`` and ``search``; ``progress`` counts as ``prune_in_steps`` says. Raises ValueError
-    before calibration when the ratio cannot be reached or the statistics belong to another model.
+    ratio in that many equal steps and calibrates again after each; with ``step_samples`` on so many new sequences,
+    added to what is left of the statistics before. ``compensate`` "bias" or "least_squares" makes up for what a step
+    removes by ``compensation`` with inputs ``compensation_inputs``. Both need ``data`` with statistics too.
+    ``eval_text`` (what ``evaluate`` takes) is evaluated on the dense and then on the pruned model. The other
+    arguments are those of ``calibrate``, ``score`` and ``search``; ``progress`` counts as ``prune_in_steps`` says.
+    Raises ValueError before calibration when the ratio cannot be reached or the statistics belong to another model.
     """
     units = discover(model)
     recipe = Recipe(
@@ -86,7 +87,7 @@ def prune(
             "samples": samples, "seq_len": seq_len, "batch_size": batch_size, "checkpoint": checkpoint,
             "backend": backend, "seed": seed, "stream": stream,
         },
-        compensate, steps, compensation_inputs,
+        compensate, steps, compensation_inputs, step_samples,
     )  # fmt: skip
     check_compensate(compensate, data, compensation_inputs)
     refuse_experts(units, compensate, compensation_inputs)

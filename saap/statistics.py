@@ -76,6 +76,12 @@ class ModuleStatistics:
             plain["coupled"] = self.coupled
         return plain | {f"salience.{name}": tensor for name, tensor in self.salience.tensors().items()}
 
+    def select(self, units: Tensor, features: Tensor) -> "ModuleStatistics":
+        """A copy of the given units and features, each (n,) int64; without coupled sums."""
+        fields = {name: getattr(self, name)[:, units] for name in self.PER_UNIT}
+        fields |= {name: getattr(self, name)[features] for name in self.PER_FEATURE}
+        return ModuleStatistics(self.matrices, self.salience.select(units), **fields)
+
     def merge_(self, other: "ModuleStatistics", tokens: int, other_tokens: int) -> None:
         """Add the sequences and tokens of ``other``; the weights' norms stay."""
         total = self.salience.count + other.salience.count

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap.calibrate import calibrate
 from saap.compact import PLAN_ATTRIBUTE, compact
-from saap.compensate import compensation
+from saap.compensate import Compensation, compensation
 from saap.criteria import Criterion, score
 from saap.micro_batches import Progress
 from saap.plan import Plan
@@ -18,13 +18,19 @@ from saap.search import search
 from saap.statistics import Statistics
 from saap.stopwatch import Stopwatch
 from saap.units import Units, discover
+from saap.warm_statistics import Sequences, left_after
 
 COMPENSATION_OPTIONS = ("samples", "seq_len", "batch_size", "seed", "stream")  # those that calibration has too
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is pruned: arguments of ``score``, ``search``, ``calibrate`` and ``compensation``, and the steps."""
+    """How a model is pruned: arguments of ``score``, ``search``, ``calibrate`` and ``compensation``, and the steps.
+
+    With ``step_samples`` statistics stay warm: every step after the first measures that many new sequences, packed
+    behind those of the steps before, and adds them to what pruning left of the statistics so far. Otherwise each
+    step calibrates from nothing on the sequences of the first.
+    """
 
     criterion: str | Criterion = "saap"
     search: dict[str, Any] = field(default_factory=dict)
@@ -32,10 +38,19 @@ class Recipe:
     compensate: str = "none"
     steps: int = 1
     compensation_inputs: str = "auto"
+    step_samples: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps must be a positive integer; got {self.steps!r}")
+        if self.step_samples is None:
+            return
+        if isinstance(self.step_samples, bool) or not isinstance(self.step_samples, int) or self.step_samples < 1:
+            raise ValueError(f"step_samples must be a positive integer; got {self.step_samples!r}")
+        if self.steps == 1:
+            raise ValueError("step_samples is for the steps after the first: expected steps above 1, got 1")
+        if self.calibration.get("coupled"):
+            raise ValueError("step_samples adds to the statistics before, which coupled ones do not allow")
 
 
 @dataclass(frozen=True)
@@ -63,12 +78,15 @@ def prune_in_steps(
     """Remove ``ratio`` in equal steps, in place or from a ``copy``; every step after the first calibrates anew.
 
     After step s of n the model has at most 1 - ratio * s / n of the dense one's resource left; a step for which
-    the steps before removed enough is left out. ``statistics``, if
-    given, serve the first step. ``progress(done, total)`` counts a stage's own work where there is only one,
-    otherwise thousandths of all calibrations and compensations. What the arguments must be is up to the
-    functions they go to, whose errors come through before the model is changed for the first time.
+    the steps before removed enough is left out. ``statistics``, if given, serve the first step.
+    ``progress(done, total)`` counts a stage's own work where there is only one, otherwise thousandths of all
+    calibrations and compensations. What the arguments must be is up to the functions they go to, whose errors come
+    through before the model is changed for the first time.
     """
     units, watch = discover(model), watch or Stopwatch()
+    sequences, left = None, None
+    if recipe.step_samples is not None:
+        sequences = Sequences.of(model, tokenizer, data, recipe.calibration, recipe.steps, recipe.step_samples)
     stages = Stages(progress, recipe, given=statistics is not None)
     done: Stepped | None = None
     for step in range(1, recipe.steps + 1):
@@ -78,29 +96,16 @@ def prune_in_steps(
         if statistics is None:
             with watch("calibrate"):
                 counted = stages.of(step, "calibrate")
-                statistics = calibrate(model, tokenizer, data, **recipe.calibration, progress=counted)
+                statistics = _calibrated(model, tokenizer, data, recipe, sequences, step, left, counted)
         statistics.check_model(discover(model))
         with watch("score"):
             scores = score(statistics, recipe.criterion)
         with watch("search"):
             plan = search(scores, **share, **recipe.search)
-        found = None
-        if recipe.compensate != "none":
-            options = {name: value for name, value in recipe.calibration.items() if name in COMPENSATION_OPTIONS}
-            with watch("compensate"):
-                counted = stages.of(step, "compensate")
-                found = compensation(
-                    model,
-                    plan,
-                    tokenizer,
-                    data,
-                    method=recipe.compensate,
-                    inputs=recipe.compensation_inputs,
-                    **options,
-                    progress=counted,
-                )
+        found = _compensated(model, tokenizer, data, plan, recipe, watch, stages.of(step, "compensate"))
         with watch("compact"):
             model = compact(model, plan, found, copy=copy and step == 1)
+        left = None if sequences is None else left_after(statistics, plan, discover(model))
         plan = getattr(model, PLAN_ATTRIBUTE)  # with the settings of its compensation
         done = Stepped(model, plan, statistics, scores) if done is None else _followed(done, plan)
         statistics = None
@@ -111,6 +116,31 @@ def prune_in_steps(
         done = Stepped(model, Plan(units, done.plan.layers, settings), done.statistics, done.scores)
         object.__setattr__(model, PLAN_ATTRIBUTE, done.plan)
     return done
+
+
+def _calibrated(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, data: Any, recipe: Recipe,
+    sequences: Sequences | None, step: int, left: Statistics | None, progress: Progress | None,
+) -> Statistics:  # fmt: skip
+    """Statistics of a step: from nothing, or what is ``left`` of the ones before and new sequences."""
+    if sequences is None:
+        return calibrate(model, tokenizer, data, **recipe.calibration, progress=progress)
+    ids = sequences.of_step(step)
+    options = recipe.calibration | {"samples": len(ids), "seq_len": ids.shape[1]}
+    found = calibrate(model, None, ids, **options, progress=progress)
+    return found if left is None else found.merge(left)
+
+
+def _compensated(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, data: Any, plan: Plan, recipe: Recipe,
+    watch: Stopwatch, progress: Progress | None,
+) -> Compensation | None:  # fmt: skip
+    if recipe.compensate == "none":
+        return None
+    options = {name: value for name, value in recipe.calibration.items() if name in COMPENSATION_OPTIONS}
+    options |= {"method": recipe.compensate, "inputs": recipe.compensation_inputs}
+    with watch("compensate"):
+        return compensation(model, plan, tokenizer, data, **options, progress=progress)
 
 
 def _followed(done: Stepped, plan: Plan) -> Stepped:
@@ -143,7 +173,7 @@ class Stages:
         self.stages = every[1:] if given else every
 
     def of(self, step: int, kind: str) -> Progress | None:
-        if self.progress is None or len(self.stages) == 1:
+        if self.progress is None or len(self.stages) == 1 or (step, kind) not in self.stages:
             return self.progress
         return partial(self._report, self.stages.index((step, kind)))
 

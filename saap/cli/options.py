@@ -63,6 +63,13 @@ CompensationInputs = Annotated[
     ),
 ]
 Steps = Annotated[int, typer.Option(help="Prune in so many steps, calibrating again after each; needs --data.")]
+StepSamples = Annotated[
+    int | None,
+    typer.Option(
+        help="Calibration sequences of each step after the first, new ones, added to what is left of the statistics "
+        "before (default: as many as the first, from nothing)."
+    ),
+]
 Samples = Annotated[int, typer.Option(help="Calibration sequences.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per calibration sequence.")]
 EvalSeqLen = Annotated[int, typer.Option("--seq-len", help="Window length; cut to the model's positions.")]

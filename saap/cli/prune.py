@@ -36,6 +36,7 @@ from saap.cli.options import (
     Seed,
     SeqLen,
     Steps,
+    StepSamples,
     Stream,
     StreamFolder,
     Uniform,
@@ -78,6 +79,7 @@ def prune(
     compensate: Compensate = "none",
     compensation_inputs: CompensationInputs = "auto",
     steps: Steps = 1,
+    step_samples: StepSamples = None,
     samples: Samples = 128,
     seq_len: SeqLen = 512,
     batch_size: BatchSize = "auto",
@@ -114,7 +116,7 @@ def prune(
             out, pipeline.parse_ratios(ratio, plan), data, plan, statistics, save_statistics, eval_text, criterion,
             options, calibration_options(samples, seq_len, batch_size, checkpoint, backend, seed), layout, force,
             report=report, baselines=tuple(name.strip() for name in baselines.split(",") if name.strip()),
-            compensate=compensate, steps=steps, compensation_inputs=compensation_inputs,
+            compensate=compensate, steps=steps, compensation_inputs=compensation_inputs, step_samples=step_samples,
         )  # fmt: skip
         job.check_files()
         with console.screen.status("loading the model"):
