@@ -63,6 +63,30 @@ def targets(cases: dict[str, dict[float, dict[int, float]]], groups: dict[str, s
     return "\n".join(lines)
 
 
+def strongest(cases: dict[str, dict[float, dict[int, float]]], groups: dict[str, str]) -> str:
+    """At each ratio the criterion that does best against the default, paired over seeds: it shall not be ahead."""
+    lines = [
+        "| strongest other criterion, paired over seeds | log(perplexity / default's), asked | measured, ± standard error |",
+        "|---|---|---|",
+    ]
+    for ratio in RATIOS:
+        found = {
+            name: paired(ratios[ratio], cases[DEFAULT][ratio])
+            for name, ratios in cases.items()
+            if groups[name] == "criteria" and name != DEFAULT
+        }
+        name = min(found, key=lambda each: found[each][0])
+        mid, error = found[name]
+        lines.append(f"| at {ratio:.0%}: {name} | >= 0 | {mid:+.3%} ± {error:.3%} |")
+    return "\n".join(lines)
+
+
+def paired(other: dict[int, float], default: dict[int, float]) -> tuple[float, float]:
+    """Mean over common seeds of log(other / default), and its standard error (0 for one seed)."""
+    gaps = [math.log(value / default[seed]) for seed, value in other.items() if seed in default]
+    return mean(gaps), stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
+
+
 def rho_table(found: dict) -> str:
     lines = [
         f"**Spearman's rho with the true rise of the loss: every KV group, {found['channels']} channels**",
@@ -88,6 +112,8 @@ def sections(cells: Sequence[Cell], rhos: Sequence[dict]) -> str:
         for group, title in TITLES.items():
             chosen = {name: ratios for name, ratios in cases.items() if groups[name] == group or name == DEFAULT}
             parts.append(table(title, chosen, cases[DEFAULT]))
+            if group == "criteria":
+                parts.append(strongest(cases, groups))
         if {BEST, *PUBLISHED} <= set(cases):
             parts.append(targets(cases, groups))
         parts += [rho_table(found) for found in rhos if found["model"] == model]

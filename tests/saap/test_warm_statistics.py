@@ -83,7 +83,7 @@ def test_a_later_step_adds_new_sequences_to_what_is_left() -> None:
 
 
 def test_sequences_of_the_first_step_are_those_of_calibrate_and_later_ones_are_new() -> None:
-    texts = [ids for ids in token_ids(40).unbind()]
+    texts = list(token_ids(40))
     found = Sequences.of(tiny_model("llama"), None, texts, {"samples": 5, "seq_len": 24, "seed": 3}, 4, 2)
     alone = Sequences.of(tiny_model("llama"), None, texts, {"samples": 5, "seq_len": 24, "seed": 3}, 1, 2)
     assert torch.equal(found.of_step(1), alone.ids) and len(alone.ids) == 5
