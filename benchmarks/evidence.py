@@ -66,7 +66,7 @@ def targets(cases: dict[str, dict[float, dict[int, float]]], groups: dict[str, s
 def strongest(cases: dict[str, dict[float, dict[int, float]]], groups: dict[str, str]) -> str:
     """At each ratio the criterion that does best against the default, paired over seeds: it shall not be ahead."""
     lines = [
-        "| strongest other criterion, paired over seeds | log(perplexity / default's), asked | measured, ± standard error |",
+        "| strongest other criterion, paired | asked of log(perplexity / default's) | mean ± standard error |",
         "|---|---|---|",
     ]
     for ratio in RATIOS:
