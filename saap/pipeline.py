@@ -26,6 +26,7 @@ from saap.steps import COMPENSATION_OPTIONS, Recipe, prune_in_steps
 from saap.stopwatch import Stopwatch
 from saap.stream import progress_unit
 from saap.units import discover
+from saap.warm_statistics import Sequences
 
 
 def parse_ratios(text: str | None, plan: Path | None) -> tuple[float, ...]:
@@ -126,6 +127,8 @@ class Job:
             check_ratio(units, ratio, **self.search_options)
         if tokenizer is not None:
             check_tokenizer(model, tokenizer)
+        if self.step_samples is not None:  # enough text for all steps, or an error now
+            Sequences.of(model, tokenizer, self.data, self.calibration, self.steps, self.step_samples)
         name, watch = shown_name(model.name_or_path), Stopwatch()
         statistics = self._statistics(model, tokenizer, watch)
         results = []

@@ -113,6 +113,7 @@ def prune_in_steps(
     assert done is not None  # there is a step at least
     if recipe.steps > 1:
         settings = done.plan.settings | {"ratio": ratio, "budget": None, "steps": recipe.steps}
+        settings |= {} if sequences is None else {"step_samples": sequences.each}
         done = Stepped(model, Plan(units, done.plan.layers, settings), done.statistics, done.scores)
         object.__setattr__(model, PLAN_ATTRIBUTE, done.plan)
     return done

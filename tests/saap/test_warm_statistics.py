@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saap import steps
+from saap import pipeline, steps
 from saap.calibrate import calibrate
 from saap.compact import compact
 from saap.criteria import score
@@ -78,6 +78,7 @@ def test_a_later_step_adds_new_sequences_to_what_is_left() -> None:
     assert torch.equal(
         seen[1].modules["mlp"].weight_l1, calibrate(by_hand, data=data[:4], **CALIBRATION).modules["mlp"].weight_l1
     )
+    assert done.plan.settings["step_samples"] == 2
     again = prune_in_steps(tiny_model("llama"), None, data, 0.3, recipe)
     assert again.plan == done.plan
 
@@ -113,6 +114,16 @@ def test_bad_arguments_are_refused_before_work(monkeypatch, options: dict, messa
     model = tiny_model("llama")
     with pytest.raises(ValueError, match=message):
         prune(model, data=token_ids(8), ratio=0.2, multiple=1, **CALIBRATION, **options)
+
+
+def test_the_command_refuses_too_little_text_before_it_calibrates(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(pipeline, "calibrate", lambda *_a, **_k: pytest.fail("calibrated before the check"))
+    job = pipeline.Job(
+        tmp_path / "out", (0.2,), token_ids(8), None, None, None, None, "saap", {"multiple": 1},
+        CALIBRATION | {"seed": 0}, "auto", False, steps=2, step_samples=100,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="104 samples of 12 tokens need 1248 tokens"):
+        job.run(tiny_model("llama"), None)
 
 
 def test_coupled_statistics_cannot_stay_warm() -> None:
