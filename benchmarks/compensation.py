@@ -7,6 +7,7 @@ text, where damping matters.
 
 from statistics import mean
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.common import SMALL_MODEL, Row
 from benchmarks.criteria import load_model
@@ -26,6 +27,7 @@ CASES: dict[str, dict[str, Any] | None] = {
     "least squares, dense inputs": {"inputs": "dense"},
     "least squares, pruned inputs": {"inputs": "pruned"},
 }
+CAUTIONS = (1.0, 10.0, 100.0)  # times the automatic damping with pruned inputs, which is CAUTION of the module
 DAMPINGS = ("auto", 1e-3, 1e-2, 1e-1)
 LITTLE = {f"{n} sequences, damping {d}": {"damping": d, "samples": n} for n in (4, 16) for d in DAMPINGS}
 
@@ -44,6 +46,12 @@ def measure(quick: bool) -> list[Row]:
                 new = None if options is None else compensation(model, plan, tokenizer, CALIBRATION, **given | options)
                 pruned = compact(model, plan, new, copy=True)
                 case = f"selection, {ratio:.0%} of blocks: {name}"
+                found.setdefault(case, []).append(perplexity(pruned, tokenizer, documents))
+            for caution in () if quick or seed else CAUTIONS:
+                with patch("saap.compensation_sweep.CAUTION", caution):
+                    new = compensation(model, plan, tokenizer, CALIBRATION, **given)
+                pruned = compact(model, plan, new, copy=True)
+                case = f"selection, {ratio:.0%} of blocks: pruned inputs, damping x {caution:g}, first seed"
                 found.setdefault(case, []).append(perplexity(pruned, tokenizer, documents))
     return [Row.compare(case, mean(values), dense, "ppl") for case, values in found.items()]
 

@@ -11,7 +11,7 @@ tags: [pruned, saap]
 ---
 # {title}
 
-A structurally pruned causal language model: whole KV groups and MLP channels were removed with SAAP {version}.
+A structurally pruned causal language model: whole KV groups, MLP channels or experts were removed with SAAP {version}.
 
 | | |
 |---|---|

@@ -1,6 +1,7 @@
 """Compensation: new weights or biases for o and down, so that what a plan removes is missed least."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ INPUTS = ("auto", "dense", "pruned")
 
 @dataclass(frozen=True)
 class Compensation:
-    """{part: Replacement} for o and down of every layer that loses some, made for ``plan``; on the CPU."""
+    """{part: Replacement} for o and down of the layers that something makes up for, made for ``plan``; on the CPU."""
 
     plan: Plan
     layers: tuple[dict[str, Replacement], ...]
@@ -70,8 +71,9 @@ def compensation(
     pruned and compensated, o before down, in three passes, for every Linear behind the first that loses some. Y is
     then what brings the hidden states behind the Linear to those of the dense model, where the block adds its
     Linears' outputs to them (with post-norms it does not: Y is the dense Linear's output), and "auto" damping is
-    thirty times larger, since much of such a Y is not for this Linear to explain. "auto" is "pruned" for least
-    squares unless experts lose channels, otherwise "dense".
+    thirty times larger, since much of such a Y is not for this Linear to explain. Layers that the plan's settings
+    protect are left as they are. "auto" is "pruned" for least squares, otherwise and for mixtures of experts
+    "dense".
 
     ``method`` "bias" leaves the weights and adds the mean of what is missing, with dense inputs W_R mean(x_R) over
     the removed columns R (FLAP, arXiv 2312.11983), to a bias that is made where there is none. Of a mixture of
@@ -87,9 +89,14 @@ def compensation(
     _check_options(method, inputs, damping)
     units = discover(model)
     plan.check_model(units)
+    refuse_experts(units, "least_squares", inputs)
+    _check_experts(plan, method)
     if inputs == "auto":
-        inputs = "pruned" if method == "least_squares" and _thinned_experts(plan) is None else "dense"
-    _check_experts(plan, method, inputs)
+        mixture = any(sizes.experts for sizes in units.layers)
+        inputs = "pruned" if method == "least_squares" and not mixture else "dense"
+    if not _loses_inputs(plan):
+        warnings.warn("the plan leaves o and down as they are: there is nothing to compensate", stacklevel=2)
+        return Compensation(plan, tuple({} for _ in plan.layers), {"compensate": "none"})
     check_sizes(model, samples, seq_len, batch_size)
     ids = distributed.share(pack_for(model, tokenizer, data, samples=samples, seq_len=seq_len, seed=seed))
     sweep = Sweep(model, plan, ids, resolve_streaming(model, stream), method, inputs, damping, batch_size, progress)
@@ -120,10 +127,10 @@ def check_compensate(method: str, data: Any, inputs: str = "auto") -> None:
 
 def refuse_experts(units: Units, method: str, inputs: str = "auto") -> None:
     """Raise ValueError for a compensation that experts cannot have."""
-    if method == "least_squares" and inputs == "pruned" and any(layer.experts for layer in units.layers):
+    if inputs == "pruned" and any(layer.experts for layer in units.layers):
         raise ValueError(
-            f"the experts of a {units.family} model are compensated on inputs of the dense model only: expected "
-            'compensation inputs "auto" or "dense", got "pruned"'
+            f"a mixture of experts ({units.family}) is compensated on inputs of the dense model only: expected "
+            'inputs "auto" or "dense", got "pruned"'
         )
     if method == "bias" and any(layer.experts for layer in units.layers):
         raise ValueError(
@@ -132,20 +139,18 @@ def refuse_experts(units: Units, method: str, inputs: str = "auto") -> None:
         )
 
 
-def _thinned_experts(plan: Plan) -> int | None:
-    """The first layer whose experts lose channels, if there is one."""
-    layers = enumerate(zip(plan.layers, plan.units.layers, strict=True))
-    found = (index for index, (layer, sizes) in layers if sizes.experts and layer.width < sizes.intermediate_size)
-    return next(found, None)
+def _loses_inputs(plan: Plan) -> bool:
+    """Whether an o, a down or an expert that stays loses input features."""
+    return any(
+        len(layer.kv_heads) < sizes.kv_heads or layer.width < sizes.intermediate_size
+        for layer, sizes in zip(plan.layers, plan.units.layers, strict=True)
+    )
 
 
-def _check_experts(plan: Plan, method: str, inputs: str) -> None:
-    index = _thinned_experts(plan)
-    if index is not None and (method, inputs) != ("least_squares", "dense"):
-        raise ValueError(
-            f"experts are compensated by method 'least_squares' with inputs 'dense' only; layer {index} loses "
-            f"channels of its experts, got {method!r} and {inputs!r}"
-        )
+def _check_experts(plan: Plan, method: str) -> None:
+    for index, (layer, sizes) in enumerate(zip(plan.layers, plan.units.layers, strict=True)):
+        if method == "bias" and sizes.experts and layer.width < sizes.intermediate_size:
+            raise ValueError(f"experts have no biases to compensate by; layer {index} loses channels of its experts")
 
 
 def _check_options(method: str, inputs: str, damping: float | str) -> None:

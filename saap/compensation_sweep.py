@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from saap.blocks import Blocks, tensors_of
+from saap.distributed import sum_over_ranks
 from saap.experts import ExpertLinear, Routing, experts_of, patch_experts
 from saap.families import family_of, linears_of
 from saap.hidden_states import CPU, HiddenStates
@@ -58,8 +59,9 @@ class Sweep(Blocks):
         if self.pruned:
             self.states[1].copy_(self.states[0])
         found: list[dict[str, Replacement]] = []
+        protected = self.plan.settings.get("protect", ())
         for index, layer in enumerate(self.layers):
-            targets = self._targets(index, every=self.pruned and any(found))
+            targets = self._targets(index, every=self.pruned and any(found) and index not in protected)
             with self.here(tensors_of(layer)):
                 refuse_nonfinite_layer(layer, self.family, index)
                 for target in targets.values():
@@ -118,8 +120,7 @@ class Sweep(Blocks):
             if adds[0]:
                 wanted = wanted + (before.to(self.precision) - behind)
             sums = targets["o"].gap(seen["o"][0], wanted) if "o" in targets else None
-            if self.family.experts is None:  # they keep what they have
-                self.states[2][rows] = (out if adds[0] else dense["down"][1].view_as(out)).to(CPU)
+            self.states[2][rows] = (out if adds[0] else dense["down"][1].view_as(out)).to(CPU)
             self.states[0][rows] = out.to(CPU)  # from here on nothing runs out of memory, so nothing is repeated
             if sums is not None:
                 targets["o"].merge_(sums)
@@ -143,7 +144,7 @@ class Sweep(Blocks):
             for part, step in (("o", attention), ("down", mlp), ("", output)):
                 self.micro_batches(step, counted=True)
                 if part in targets:
-                    found[part] = targets[part].solved(self.damping, CAUTION)
+                    found[part] = targets[part].solved(self.damping, CAUTION if adds[0] else 1.0)
                     undo.patch_forward(targets[part].linear, targets[part].forward(found[part]))
         finally:
             undo.restore()
@@ -177,12 +178,17 @@ class Sweep(Blocks):
 
 
 def _adds(before: Tensor, seen: dict[str, Any], out: Tensor) -> bool:
-    """Whether a block adds the outputs of o and down to its hidden states: no post-norms, factors or experts."""
-    if seen["down"][1] is None:
-        return False
-    added = seen["o"][1] + seen["down"][1].view_as(out)
-    off = (out - before - added).float().norm()
-    return bool(off <= 0.05 * added.float().norm())  # far above what 16 bits round, far below what a norm does
+    """Whether a block adds the outputs of o and down to its hidden states, without post-norms or factors.
+
+    All ranks together decide, by the root mean square of what is unaccounted for: within a twentieth of what is
+    added and what the dtype rounds off the sum, twice.
+    """
+    added = (seen["o"][1] + seen["down"][1].view_as(out)).double()
+    off = out.double() - before - added
+    squares = torch.stack([each.double().square().sum() for each in (off, added, out)])
+    sum_over_ranks(squares)
+    rest, parts, whole = squares.sqrt().tolist()
+    return bool(rest <= 0.05 * parts + 2 * torch.finfo(out.dtype).eps * whole)
 
 
 def _equations_bytes(plan: Plan) -> int:

@@ -16,14 +16,14 @@ from saap.scores import Scores
 from saap.units import Units
 
 
-def check_keep_experts(units: Units, keep: int) -> None:
-    """Raise ValueError unless every layer can keep ``keep`` experts."""
+def check_keep_experts(units: Units, keep: int, protected: Collection[int] = ()) -> None:
+    """Raise ValueError unless every layer that is not ``protected`` can keep ``keep`` experts."""
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise ValueError(f"keep_experts must be a positive integer; got {keep!r}")
     for index, layer in enumerate(units.layers):
         if not layer.experts:
             raise ValueError(f"keep_experts is for mixtures of experts; layer {index} of this {units.family} is dense")
-        if not layer.experts_per_token <= keep <= layer.experts:
+        if index not in protected and not layer.experts_per_token <= keep <= layer.experts:
             raise ValueError(
                 f"keep_experts must lie between the {layer.experts_per_token} experts that a token goes through and "
                 f"the {layer.experts} of layer {index}; got {keep}"
@@ -36,7 +36,7 @@ def kept_experts(scores: Scores, keep: int, protected: Collection[int] = ()) -> 
     Raises ValueError for scores without importances of experts. Of equal ones the lower index goes.
     """
     units = scores.units
-    check_keep_experts(units, keep)
+    check_keep_experts(units, keep, protected)
     if scores.experts is None:
         raise ValueError("keep_experts needs importances of experts: expected scores made by saap.score, got none")
     kept = []

@@ -1,6 +1,7 @@
 """How a pruned model is described: as a stock model of its family, or by the generic template."""
 
 import copy
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -102,6 +103,13 @@ def describe_as_template(
         values["saap_layout"] |= {"experts": count, "sparse_block": family.experts.rpartition(".")[0]}
         if len({sizes.experts for sizes in layers}) == 1:
             values[count] = layers[0].experts  # what is outside of the layers reads this
+        elif values.get("output_router_logits"):
+            values["output_router_logits"] = False
+            warnings.warn(
+                "output_router_logits is switched off: transformers' balancing loss needs equally many experts in all "
+                "layers, which this plan does not leave",
+                stacklevel=2,
+            )
     described = configuration_saap.config_class(f"Saap{config_name}")(**values)
     described.per_layer_config = {index: _attributes(config, family, sizes) for index, sizes in enumerate(layers)}
     described.architectures = [f"Saap{causal_name}"]

@@ -111,6 +111,9 @@ def model_info(path: str | os.PathLike[str]) -> ModelInfo:
     )
 
 
+EXPERTS = ".experts."  # in the names of their tensors, in files and in models
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the checkpoint: those that its index names, or all there are."""
     index = folder / WEIGHT_INDEX
@@ -133,6 +136,7 @@ def _check_weights(files: list[Path], model: PreTrainedModel) -> dict[str, int]:
     """Elements by dtype from the files' headers; refuses sizes that are not the configuration's."""
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     stored: dict[str, int] = {}
+    in_experts = 0
     for file in files:
         try:
             with safe_open(file, framework="pt") as handle:
@@ -142,8 +146,12 @@ def _check_weights(files: list[Path], model: PreTrainedModel) -> dict[str, int]:
                     if name in wanted and shape != wanted[name]:
                         raise ValueError(f"{file}: expected {name} of shape {wanted[name]}, got {shape}")
                     stored[dtype] = stored.get(dtype, 0) + torch.Size(shape).numel()
+                    in_experts += torch.Size(shape).numel() if EXPERTS in name else 0
         except SafetensorError as error:
             raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+    configured = sum(torch.Size(shape).numel() for name, shape in wanted.items() if EXPERTS in name)
+    if in_experts != configured:  # stock files name experts one by one, the model has them in one tensor
+        raise ValueError(f"{files[0].parent}: expected {configured:,} weights of experts, got {in_experts:,}")
     return stored
 
 

@@ -220,6 +220,8 @@ def to_ranges(indices: tuple[int, ...]) -> str:
 
 def from_ranges(text: str, name: str = "ranges") -> tuple[int, ...]:
     """ "0-2,5" -> (0, 1, 2, 5)."""
+    if not isinstance(text, str):
+        raise ValueError(f'{name}: expected a string of ranges such as "0-31,40", got {text!r}')
     indices: list[int] = []
     for piece in filter(None, text.replace(" ", "").split(",")):
         first, _, last = piece.partition("-")

@@ -31,6 +31,8 @@ class Scores:
             self._check(module, getattr(self, module), "scores")
             if self.fluctuation is not None:
                 self._check(module, self.fluctuation[module], "fluctuation")
+        if self.experts is not None:
+            self._check("expert", self.experts, "importances", self.units.expert_offsets()[-1])
 
     @classmethod
     def of(
@@ -44,8 +46,8 @@ class Scores:
         attention, mlp = values
         return cls(units, attention, mlp, settings, fluctuation)
 
-    def _check(self, module: str, values: Tensor, what: str) -> None:
-        wanted = (self.units.count(module),)
+    def _check(self, module: str, values: Tensor, what: str, count: int | None = None) -> None:
+        wanted = (self.units.count(module) if count is None else count,)
         if tuple(values.shape) != wanted:
             raise ValueError(f"expected {module} {what} of shape {wanted}, got {tuple(values.shape)}")
         if not torch.isfinite(values).all():

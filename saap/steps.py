@@ -86,7 +86,8 @@ def prune_in_steps(
     units, watch = discover(model), watch or Stopwatch()
     sequences, left = None, None
     if recipe.step_samples is not None:
-        sequences = Sequences.of(model, tokenizer, data, recipe.calibration, recipe.steps, recipe.step_samples)
+        known = 0 if statistics is None else statistics.sequences
+        sequences = Sequences.of(model, tokenizer, data, recipe.calibration, recipe.steps, recipe.step_samples, known)
     stages = Stages(progress, recipe, given=statistics is not None)
     done: Stepped | None = None
     for step in range(1, recipe.steps + 1):

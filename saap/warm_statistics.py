@@ -55,10 +55,13 @@ class Sequences:
     @classmethod
     def of(
         cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, data: Any,
-        calibration: dict[str, Any], steps: int, each: int,
+        calibration: dict[str, Any], steps: int, each: int, known: int = 0,
     ) -> "Sequences":  # fmt: skip
-        """Raises ValueError when there is too little text for all steps."""
-        first, seq_len = calibration.get("samples", 128), calibration.get("seq_len", 512)
+        """Raises ValueError when there is too little text for all steps.
+
+        ``known`` are the sequences of statistics that serve the first step: later ones come behind them.
+        """
+        first, seq_len = max(known, calibration.get("samples", 128)), calibration.get("seq_len", 512)
         samples, seed = first + (steps - 1) * each, calibration.get("seed", 0)
         return cls(pack_for(model, tokenizer, data, samples=samples, seq_len=seq_len, seed=seed), first, each)
 

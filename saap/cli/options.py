@@ -58,8 +58,8 @@ Compensate = Annotated[
 CompensationInputs = Annotated[
     Literal["auto", "dense", "pruned"],
     typer.Option(
-        help="What new weights are solved on: inputs of the pruned model (three passes, better) or of the dense one "
-        "(one pass). auto: pruned for least_squares, unless experts lose channels."
+        help="What new weights are solved on: inputs of the pruned model (three passes, mostly better) or of the dense "
+        "one (one pass). auto: pruned for least_squares, but dense for mixtures of experts."
     ),
 ]
 Steps = Annotated[int, typer.Option(help="Prune in so many steps, calibrating again after each; needs --data.")]

@@ -1,6 +1,5 @@
 """Compensation against plain least squares on materialised inputs, and everything that must not change it."""
 
-import copy
 import gc
 import sys
 
@@ -88,57 +87,6 @@ def test_dense_inputs_give_the_ridge_solution(family: str) -> None:
         assert (new.bias is not None) is affine
         if affine:
             assert_close(new.bias, bias + linear.bias)
-
-
-@torch.no_grad()
-def streams(model) -> dict[tuple[int, str], Tensor]:
-    """Hidden states (T, D) behind o and behind down of every block, as blocks without post-norms add them up."""
-    seen, handles = {}, []
-    for index, layer in enumerate(layers_of(model, family_of(model))):
-
-        def hook(_m, args, kwargs, out, index=index) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
-            seen[index, "o"] = before.flatten(0, -2)
-            seen[index, "down"] = (out[0] if isinstance(out, tuple) else out).flatten(0, -2)
-
-        handles.append(layer.register_forward_hook(hook, with_kwargs=True))
-    outputs = operands(model)
-    for handle in handles:
-        handle.remove()
-    return {key: each + outputs[key][1] if key[1] == "o" else each for key, each in seen.items()}
-
-
-@pytest.mark.parametrize("family", ["plain llama", "opt", "gemma2"])
-def test_pruned_inputs_give_the_ridge_solution_one_linear_after_another(family: str) -> None:
-    """The oracle runs a whole copy whose o and down have zero columns where features are gone.
-
-    What a Linear shall add is what the copy's hidden states lack of the dense model's; under Gemma 2's post-norms
-    what its own output lacks.
-    """
-    model = tiny_model("llama", **PLAIN) if family == "plain llama" else tiny_model(family)
-    plan, thinned = make_plan(model), copy.deepcopy(model)
-    found = saap.compensation(model, plan, **OPTIONS, inputs="pruned", damping=DAMPING)
-    dense, wanted, behind = operands(model), streams(model), False
-    for (index, part), linear in parts_of(thinned).items():
-        kept = kept_of(plan, index, part)
-        with torch.no_grad():  # only kept columns count, also in what is lacking before there is a solution
-            linear.weight[:, [c for c in range(linear.in_features) if c not in kept]] = 0
-        behind |= len(kept) < linear.in_features
-        if not behind:
-            assert part not in found.layers[index]
-            continue
-        x, y = operands(thinned)[index, part]
-        lacking = (
-            dense[index, part][1] - y if family == "gemma2" else (wanted[index, part] - streams(thinned)[index, part])
-        )
-        affine, own = linear.bias is not None, linear.weight[:, kept]
-        weight, bias = ridge(x[:, kept], x[:, kept] @ own.T + lacking, own, affine)
-        assert_close(found.layers[index][part].weight, weight)
-        with torch.no_grad():
-            linear.weight[:, kept] = weight
-            if affine:
-                linear.bias += bias
-                assert_close(found.layers[index][part].bias, linear.bias)
 
 
 @pytest.mark.parametrize("family", ["plain llama", "opt"])

@@ -13,6 +13,7 @@ import saap
 from saap.checkpoint import load, save
 from saap.compact import compact
 from saap.families import layers_of
+from saap.model_info import model_info
 from saap.plan import LayerPlan, Plan
 from saap.units import discover
 from tests.saap.test_calibrate import token_ids
@@ -92,6 +93,27 @@ def test_the_balancing_loss_works_where_layers_differ_in_width_but_not_in_expert
         assert candidate.num_experts == 3
         outputs = candidate(ids(), labels=ids(), output_router_logits=True)
         assert torch.isfinite(outputs.aux_loss)
+
+
+def test_the_balancing_loss_is_switched_off_where_layers_differ_in_experts(tmp_path) -> None:
+    model = tiny_model("mixtral", torch.float32, output_router_logits=True)
+    every = tuple(range(4 * 24))
+    layers = (LayerPlan((0, 1, 2, 3), every), *[LayerPlan((0, 1, 2, 3), tuple(range(3 * 24)), (0, 1, 2))] * 2)
+    with pytest.warns(UserWarning, match="output_router_logits is switched off"):
+        compact(model, Plan(discover(model), layers))
+    save(model, tmp_path / "out")
+    for candidate in (model, load(tmp_path / "out")):
+        assert torch.isfinite(candidate(ids(), labels=ids()).loss) and not candidate.config.output_router_logits
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_local_experts", 8), ("intermediate_size", 40)])
+def test_info_refuses_experts_that_are_not_the_configurations(tmp_path, name: str, value: int) -> None:
+    save(tiny_model("mixtral", torch.float32), tmp_path / "m")
+    model_info(tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match="weights of experts, got 55,296"):
+        model_info(tmp_path / "m")
 
 
 def test_experts_hold_exactly_the_kept_channels_in_their_order() -> None:

@@ -89,17 +89,26 @@ def test_biases_and_pruned_inputs_are_refused_for_experts() -> None:
     model = tiny_model("mixtral", torch.float32)
     with pytest.raises(ValueError, match="compensate 'bias' is not supported for the experts of a mixtral model"):
         saap.prune(model, data=[], ratio=0.3, compensate="bias")
-    for options in ({"method": "bias"}, {"inputs": "pruned"}):
-        with pytest.raises(ValueError, match="by method 'least_squares' with inputs 'dense' only; layer 0 loses"):
-            saap.compensation(model, narrow(model), **OPTIONS, **options)
+    with pytest.raises(ValueError, match="experts have no biases to compensate by; layer 0 loses channels"):
+        saap.compensation(model, narrow(model), **OPTIONS, method="bias")
+    with pytest.raises(ValueError, match="a mixture of experts .mixtral. is compensated on inputs of the dense model"):
+        saap.compensation(model, narrow(model), **OPTIONS, inputs="pruned")
 
 
-@pytest.mark.parametrize("inputs", ["dense", "pruned"])
+def test_auto_is_dense_inputs_where_experts_are_dropped() -> None:
+    model = tiny_model("mixtral")
+    units = discover(model)
+    all_of = tuple(range(2 * 24))
+    layers = tuple(LayerPlan(heads, all_of, (0, 1)) for heads in ((0, 1, 2, 3), (0, 1, 2, 3), (0, 1)))
+    found = saap.compensation(model, Plan(units, layers), **OPTIONS)
+    assert found.settings["compensation_inputs"] == "dense" and [list(own) for own in found.layers] == [[], [], ["o"]]
+
+
 @pytest.mark.parametrize("method", ["bias", "least_squares"])
-def test_attention_of_a_mixture_is_compensated_in_every_way(method: str, inputs: str) -> None:
+def test_attention_of_a_mixture_is_compensated_in_every_way(method: str) -> None:
     model = tiny_model("qwen3_moe")
     plan = search(scored(discover(model)), 0.03, modules=("attention",))
-    found = saap.compensation(model, plan, **OPTIONS, method=method, inputs=inputs)
+    found = saap.compensation(model, plan, **OPTIONS, method=method)
     assert {part for layer in found.layers for part in layer} == {"o"}
     with torch.no_grad():
         dense = model.base_model(DATA).last_hidden_state

@@ -2,12 +2,15 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import saap
+from saap.candidates import Candidates
 from saap.cost import cost_of
+from saap.memory import activation_bytes
 from saap.plan import LayerPlan, Plan
 from saap.resources import Bytes, Latency, Macs, named_resource
 from saap.scores import Scores
@@ -63,6 +66,48 @@ def test_each_expert_keeps_its_own_best_channels() -> None:
             scores.layer(index, "mlp").view(3, 32), layer.channels_by_expert(units.layers[0]), strict=True
         ):
             assert own.tolist() == sorted(row.topk(layer.width).indices.tolist())
+
+
+def test_scores_as_they_are_count_per_channel_of_one_expert() -> None:
+    units = make_units()
+    five = Scores(units, *(torch.full((units.count(m),), 5.0).double() for m in ("attention", "mlp")))
+    for module in ("attention", "mlp"):
+        found = Candidates.of(five, 0, module, 8, named_resource("parameters"), by_unit=True, allow_empty=True)
+        torch.testing.assert_close(found.steps()[1], torch.full_like(found.steps()[1], 5.0), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [(torch.ones(5), r"expected expert importances of shape \(6,\), got \(5,\)"),
+     (torch.full((6,), torch.nan), "expected finite expert importances")],
+)  # fmt: skip
+def test_importances_of_experts_are_checked(experts: torch.Tensor, message: str) -> None:
+    units = make_units()
+    values = [torch.zeros(units.count(m)).double() for m in ("attention", "mlp")]
+    with pytest.raises(ValueError, match=message):
+        Scores(units, *values, experts=experts.double())
+
+
+def test_a_protected_layer_may_have_fewer_experts_than_are_kept() -> None:
+    units = make_units(experts=4)
+    units = replace(units, layers=(replace(units.layers[0], experts=2), units.layers[1]))
+    plan = search(scored(units), keep_experts=3, protect=(0,))
+    assert [len(layer.experts) for layer in plan.layers] == [2, 3]
+    with pytest.raises(ValueError, match="the 2 of layer 0; got 3"):
+        search(scored(units), keep_experts=3)
+
+
+def test_activations_of_a_mixture_count_every_expert_that_a_token_goes_through() -> None:
+    one, two = (make_units(layers=1, used=used) for used in (1, 2))
+    gap = activation_bytes(two, 10, torch.float32) - activation_bytes(one, 10, torch.float32)
+    assert gap == 10 * 4 * (2 * 8 + 4 * 32)  # tokens, bytes, hidden states in and out, four tensors of the width
+
+
+def test_ranges_of_an_edited_plan_must_be_strings() -> None:
+    body = json.loads(search(scored(make_units()), 0.3, multiple=8).to_json())
+    body["layers"][1]["experts_kept"] = [0, 1]
+    with pytest.raises(ValueError, match="layer 1: experts_kept: expected a string of ranges"):
+        Plan.from_json(json.dumps(body))
 
 
 @pytest.mark.parametrize("method", ["global", "standardised", "fluctuation", "uniform"])

@@ -88,6 +88,8 @@ def test_sequences_of_the_first_step_are_those_of_calibrate_and_later_ones_are_n
     found = Sequences.of(tiny_model("llama"), None, texts, {"samples": 5, "seq_len": 24, "seed": 3}, 4, 2)
     alone = Sequences.of(tiny_model("llama"), None, texts, {"samples": 5, "seq_len": 24, "seed": 3}, 1, 2)
     assert torch.equal(found.of_step(1), alone.ids) and len(alone.ids) == 5
+    known = Sequences.of(tiny_model("llama"), None, texts, {"samples": 5, "seq_len": 24, "seed": 3}, 2, 2, known=7)
+    assert torch.equal(known.of_step(2), found.ids[7:9])  # behind what given statistics have seen
     assert torch.equal(torch.cat([found.of_step(step) for step in (1, 2, 3, 4)]), found.ids) and len(found.ids) == 11
 
 
