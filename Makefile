@@ -16,7 +16,7 @@ MINUTES ?=
 ONLY ?=
 RESUME ?=
 RUN := $(VENV)/bin/python
-STAMP := $(VENV)/.installed
+STAMP := $(VENV)/.installed-$(subst /,-,$(TORCH))-$(subst /,-,$(TRANSFORMERS))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test lint format bench gpu gpu-build gpu-test gpu-sanitize gpu-bench clean

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +21,14 @@ def device_name() -> str:
     """The CUDA device, or this machine's processor and torch's number of threads on it."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    """The processor's model where the system names it, otherwise its architecture."""
+    file = Path("/proc/cpuinfo")
+    models = re.findall(r"^model name\s*:\s*(.+)$", file.read_text(), re.MULTILINE) if file.exists() else []
+    return models[0].strip() if models else platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def search(
     """
     units = scores.units
     protected = _check_protect(protect, len(units.layers))
-    modules = _check_options(method, multiple, ratio_of, modules)
+    modules = _check_options(method, fluctuation_weight, multiple, ratio_of, modules)
     if uniform and protected:
         raise ValueError("uniform=True gives every layer the same sizes, so no layer can be protected; got protect")
     sizes = {(layer.kv_heads, layer.intermediate_size, layer.experts) for layer in units.layers}
@@ -193,9 +193,13 @@ def _check_protect(protect: Iterable[int], layers: int) -> set[int]:
     return {index % layers for index in chosen}
 
 
-def _check_options(method: str, multiple: int, ratio_of: str, modules: Iterable[str]) -> tuple[str, ...]:
+def _check_options(
+    method: str, fluctuation_weight: float, multiple: int, ratio_of: str, modules: Iterable[str]
+) -> tuple[str, ...]:
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+    if not math.isfinite(fluctuation_weight):
+        raise ValueError(f"fluctuation_weight must be finite; got {fluctuation_weight!r}")
     if not isinstance(multiple, int) or multiple < 1:
         raise ValueError(f"multiple must be a positive integer; got {multiple!r}")
     if ratio_of not in ("model", "blocks"):

@@ -133,6 +133,16 @@ def search_options(
     }  # fmt: skip
 
 
+def refuse_beside_plan(criterion: str, options: dict[str, Any]) -> None:
+    """Raise ValueError for choices that a given plan has made already; ``options`` as of ``search_options``."""
+    defaults = search_options("global", 0.5, "model", "parameters", 0, None, None, 32, "", False, False, None)
+    given = [name for name, value in options.items() if value != defaults[name]]
+    given += ["criterion"] if criterion != "saap" else []
+    if given:
+        named = ", ".join("--" + name.replace("_", "-") for name in sorted(given))
+        raise ValueError(f"a --plan says already what stays; expected no {named} beside it")
+
+
 def _resource(name: str, context: int, table: Path | None, device: str | None) -> str | Resource:
     if (name == "latency") != (table is not None):
         raise ValueError(f"--resource latency and --latency-table go together; got {name} and {table}")

@@ -41,6 +41,7 @@ from saap.cli.options import (
     StreamFolder,
     Uniform,
     calibration_options,
+    refuse_beside_plan,
     search_options,
 )
 from saap.distributed import refuse_ranks
@@ -112,6 +113,8 @@ def prune(
             method, fluctuation_weight, ratio_of, resource, context, latency_table, latency_device, multiple,
             protect, uniform, allow_empty, keep_experts,
         )  # fmt: skip
+        if plan is not None:
+            refuse_beside_plan(criterion, options)
         job = pipeline.Job(
             out, pipeline.parse_ratios(ratio, plan), data, plan, statistics, save_statistics, eval_text, criterion,
             options, calibration_options(samples, seq_len, batch_size, checkpoint, backend, seed), layout, force,

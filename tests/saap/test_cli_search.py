@@ -89,6 +89,11 @@ def test_steps_are_refused_without_text_before_the_model_is_loaded(statistics, t
     ("options", "message"),
     [
         (("--plan", "p.json", "--statistics", "s"), "a --plan needs no statistics"),
+        (
+            ("--plan", "p.json", "--protect", "0", "--multiple", 8, "--criterion", "element"),
+            "expected no --criterion, --multiple, --protect beside it",
+        ),
+        (("--plan", "p.json", "--keep-experts", 2), "expected no --keep-experts beside it"),
         (("--ratio", 0.2, "--statistics", "s", "--save-statistics", "t"), "--save-statistics keeps what is measured"),
         (("--ratio", "0.12341,0.12342", "--data", "x.txt"), "ratios of a sweep must differ in four decimals"),
         (("--ratio", 0.2, "--data", "x.txt", "--method", "fluctuation", "--criterion", "flap"), "flap has none"),

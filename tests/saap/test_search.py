@@ -228,6 +228,8 @@ def test_unreachable_ratio_names_the_largest() -> None:
         ({"method": "best"}, "method must be one of global, standardised, fluctuation, uniform; got 'best'"),
         ({"multiple": 0}, "multiple must be a positive integer; got 0"),
         ({"ratio_of": "layers"}, 'ratio_of must be "model" or "blocks"'),
+        ({"fluctuation_weight": float("nan")}, "fluctuation_weight must be finite; got nan"),
+        ({"protect": (0, 1, 2)}, "largest reachable ratio with these constraints is 0.0000"),
         ({"protect": (3,)}, "protect must name layers between -3 and 2; got 3"),
         ({"modules": ("mlp", "heads")}, "modules must be among attention, mlp"),
         ({"modules": ()}, "modules must be among attention, mlp"),
