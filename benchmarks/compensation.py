@@ -47,7 +47,7 @@ def measure(quick: bool) -> list[Row]:
                 pruned = compact(model, plan, new, copy=True)
                 case = f"selection, {ratio:.0%} of blocks: {name}"
                 found.setdefault(case, []).append(perplexity(pruned, tokenizer, documents))
-            for caution in () if quick or seed else CAUTIONS:
+            for caution in () if seed else CAUTIONS:
                 with patch("saap.compensation_sweep.CAUTION", caution):
                     new = compensation(model, plan, tokenizer, CALIBRATION, **given)
                 pruned = compact(model, plan, new, copy=True)

@@ -89,7 +89,7 @@ def compensation(
     _check_options(method, inputs, damping)
     units = discover(model)
     plan.check_model(units)
-    refuse_experts(units, "least_squares", inputs)
+    _refuse_pruned_inputs(units, inputs)
     _check_experts(plan, method)
     if inputs == "auto":
         mixture = any(sizes.experts for sizes in units.layers)
@@ -126,16 +126,20 @@ def check_compensate(method: str, data: Any, inputs: str = "auto") -> None:
 
 
 def refuse_experts(units: Units, method: str, inputs: str = "auto") -> None:
-    """Raise ValueError for a compensation that experts cannot have."""
-    if inputs == "pruned" and any(layer.experts for layer in units.layers):
-        raise ValueError(
-            f"a mixture of experts ({units.family}) is compensated on inputs of the dense model only: expected "
-            'inputs "auto" or "dense", got "pruned"'
-        )
+    """Raise ValueError for a compensation that experts cannot have, whatever the plan."""
+    _refuse_pruned_inputs(units, inputs)
     if method == "bias" and any(layer.experts for layer in units.layers):
         raise ValueError(
             f"compensate 'bias' is not supported for the experts of a {units.family} model, which have no biases: "
             'expected "least_squares" or "none"'
+        )
+
+
+def _refuse_pruned_inputs(units: Units, inputs: str) -> None:
+    if inputs == "pruned" and any(layer.experts for layer in units.layers):
+        raise ValueError(
+            f"a mixture of experts ({units.family}) is compensated on inputs of the dense model only: expected "
+            'inputs "auto" or "dense", got "pruned"'
         )
 
 

@@ -116,10 +116,12 @@ class Sweep(Blocks):
                     self.block(index, behind)
             if not adds:
                 adds.append(_adds(before, dense, out))
-            wanted = dense["o"][1].to(self.precision)
-            if adds[0]:
-                wanted = wanted + (before.to(self.precision) - behind)
-            sums = targets["o"].gap(seen["o"][0], wanted) if "o" in targets else None
+            sums = None
+            if "o" in targets:
+                wanted = dense["o"][1].to(self.precision)
+                if adds[0]:
+                    wanted = wanted + (before.to(self.precision) - behind)
+                sums = targets["o"].gap(seen["o"][0], wanted)
             self.states[2][rows] = (out if adds[0] else dense["down"][1].view_as(out)).to(CPU)
             self.states[0][rows] = out.to(CPU)  # from here on nothing runs out of memory, so nothing is repeated
             if sums is not None:

@@ -37,7 +37,7 @@ class RecordedExperts(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # type: ignore[override]  # one output
         x, y = ctx.saved_tensors
         with torch.autocast(dy.device.type, enabled=False):  # kernels choose their own precision
             weight = getattr(ctx.experts, ctx.name)

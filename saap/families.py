@@ -146,7 +146,7 @@ def layers_of(model: PreTrainedModel, family: Family) -> nn.ModuleList:
 
 def linears_of(layer: nn.Module, family: Family) -> dict[str, nn.Linear]:
     """{part: Linear} of one decoder layer, parts in the family's order; fused parts share one, experts have none."""
-    return {part: layer.get_submodule(family.path(part)) for part in family.linear_parts}  # type: ignore[misc]
+    return {part: layer.get_submodule(family.path(part)) for part in family.linear_parts}  # type: ignore[misc]  # a row names Linears
 
 
 @dataclass(frozen=True)
