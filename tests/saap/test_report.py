@@ -16,7 +16,7 @@ from saap.scores import Scores
 from saap.search import search
 from saap.units import LayerUnits, Units
 from tests.saap.page import Page
-from tests.saap.test_cli import prune, workplace  # noqa: F401  # a fixture
+from tests.saap.test_cli import prune, run, workplace  # noqa: F401  # a fixture
 from tests.saap.tiny import tiny_model, tiny_tokenizer
 
 TEXT = ["the quick brown fox jumps over lazy dogs. " * 4] * 3
@@ -159,7 +159,7 @@ def test_prune_writes_the_report_beside_the_weights_unless_told_not_to(workplace
 
 def test_an_edited_plan_without_statistics_is_reported_too(workplace, tmp_path) -> None:  # noqa: F811
     prune(workplace, "--ratio", 0.2, "--out", tmp_path / "a")
-    prune(workplace, "--plan", tmp_path / "a/saap_plan.json", "--out", tmp_path / "b")
+    run("prune", workplace / "dense", "--plan", tmp_path / "a/saap_plan.json", "--out", tmp_path / "b")
     page = read(tmp_path / "b" / REPORT_FILE)
     assert "saap_plan.json" in page.text and "Importance" not in page.sections
 
