@@ -8,6 +8,7 @@ from saap.checkpoint import load, save
 from saap.collect import collect
 from saap.compact import compact
 from saap.compensate import Compensation, compensation
+from saap.compensated_scores import compensated_scores
 from saap.criteria import CRITERIA, score
 from saap.evaluate import Evaluation, evaluate
 from saap.families import Family, known_families, register_family
@@ -42,6 +43,7 @@ __all__ = [
     "calibrate",
     "collect",
     "compact",
+    "compensated_scores",
     "compensation",
     "discover",
     "evaluate",

@@ -5,7 +5,6 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap import distributed
@@ -17,7 +16,6 @@ from saap.plan import Plan
 from saap.scores import check_option
 from saap.stream import Streaming, resolve_streaming
 from saap.thinned_linear import Replacement
-from saap.undo import Undo
 from saap.units import Units, discover
 
 COMPENSATIONS = ("none", "bias", "least_squares")
@@ -100,14 +98,8 @@ def compensation(
     check_sizes(model, samples, seq_len, batch_size)
     ids = distributed.share(pack_for(model, tokenizer, data, samples=samples, seq_len=seq_len, seed=seed))
     sweep = Sweep(model, plan, ids, resolve_streaming(model, stream), method, inputs, damping, batch_size, progress)
-    undo = Undo()
-    undo.eval_mode(model)
-    try:
-        with torch.no_grad():
-            layers = sweep.run()
-    finally:
-        undo.restore()
-        sweep.states.close()
+    with sweep.walking():
+        layers = sweep.run()
     settings: dict[str, Any] = {"compensate": method, "compensation_inputs": inputs}
     settings |= {"damping": damping} if method == "least_squares" else {}
     return Compensation(plan, layers, settings)

@@ -1,23 +1,21 @@
 """A walk through the blocks that sums what thinned Linears lack and solves for what makes up for it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from saap.blocks import Blocks, tensors_of
+from saap.blocks import tensors_of
 from saap.distributed import sum_over_ranks
-from saap.experts import ExpertLinear, Routing, experts_of, patch_experts
-from saap.families import family_of, linears_of
-from saap.hidden_states import CPU, HiddenStates
-from saap.micro_batches import Progress, fit_micro_batches
+from saap.experts import ExpertLinear, experts_of
+from saap.families import linears_of
+from saap.forward_blocks import ForwardBlocks
+from saap.hidden_states import CPU
+from saap.micro_batches import Progress
 from saap.plan import Plan
 from saap.refuse import refuse_nonfinite_layer
-from saap.stream import Streaming, streamed_bytes
+from saap.stream import Streaming
 from saap.thinned_linear import Replacement, ThinnedExperts, ThinnedLinear
 from saap.undo import Undo
 from saap.units import IN_PARTS
@@ -25,7 +23,7 @@ from saap.units import IN_PARTS
 CAUTION = 30.0  # times the automatic damping, for outputs that a Linear's inputs explain in part only
 
 
-class Sweep(Blocks):
+class Sweep(ForwardBlocks):
     """One walk through the blocks; methods in the order they are called.
 
     ``states`` holds the dense hidden states in 0; for ``inputs`` "pruned" those of the pruned model in 1, and what
@@ -36,23 +34,12 @@ class Sweep(Blocks):
         self, model: PreTrainedModel, plan: Plan, ids: Tensor, streaming: Streaming | None, method: str, inputs: str,
         damping: float | str, batch_size: int | str, progress: Progress | None,
     ) -> None:  # fmt: skip
-        family, units = family_of(model, plan.units.family), plan.units
-        given = streaming or Streaming(device=model.device)
-        device, dtype = given.resolved_device(model), given.dtype or model.dtype
-        taken = _equations_bytes(plan) if method == "least_squares" else 0
-        fit = fit_micro_batches(
-            units, len(ids), ids.shape[1], dtype, device, batch_size=batch_size,
-            streamed_bytes=taken + (0 if streaming is None else streamed_bytes(model, dtype)),
-        )  # fmt: skip
-        shape, pruned = (*ids.shape, units.layers[0].hidden_size), inputs == "pruned"
+        pruned = inputs == "pruned"
         super().__init__(
-            model, family, ids, fit.batch,
-            HiddenStates(3 if pruned else 1, shape, dtype, given.folder),
-            device=device, dtype=given.dtype, progress=progress,
-            total=(3 if pruned else 1) * len(units.layers) * len(ids),
+            model, plan.units, ids, streaming, taken=_equations_bytes(plan) if method == "least_squares" else 0,
+            batch_size=batch_size, progress=progress, states=3 if pruned else 1, passes=3 if pruned else 1,
         )  # fmt: skip
         self.plan, self.method, self.damping, self.pruned = plan, method, damping, pruned
-        self.precision = torch.float64 if dtype == torch.float64 else torch.float32
 
     def run(self) -> tuple[dict[str, Replacement], ...]:
         self.embed()
@@ -92,7 +79,7 @@ class Sweep(Blocks):
         """Both Linears against the dense block's own inputs, in one pass."""
 
         def step(rows: slice) -> None:
-            with self._watched(index) as seen:
+            with self.watched(index) as seen:
                 out = self.finite(self.block(index, self.states[0][rows].to(self.device)), index, rows)
             sums = {part: target.missing(seen[part][0]) for part, target in targets.items()}
             self.states[0][rows] = out.to(CPU)  # from here on nothing runs out of memory, so nothing is repeated
@@ -109,7 +96,7 @@ class Sweep(Blocks):
 
         def attention(rows: slice) -> None:
             before, behind = (self.states[which][rows].to(self.device) for which in (0, 1))
-            with self._watched(index) as seen:
+            with self.watched(index) as seen:
                 out = self.finite(self.block(index, before), index, rows)
                 dense = dict(seen)
                 if "o" in targets:
@@ -131,7 +118,7 @@ class Sweep(Blocks):
             if "down" in targets:
                 behind = self.states[1][rows].to(self.device)
                 wanted = self.states[2][rows].to(self.device, self.precision)
-                with self._watched(index) as seen:
+                with self.watched(index) as seen:
                     self.block(index, behind)
                 if adds[0]:
                     wanted = wanted - behind - seen["o"][1]
@@ -151,32 +138,6 @@ class Sweep(Blocks):
         finally:
             undo.restore()
         return found
-
-    @contextmanager
-    def _watched(self, index: int) -> Iterator[dict[str, Any]]:
-        """{part: (inputs, outputs)} of the latest forward of o and down while the context is open.
-
-        Of experts the inputs of down are one tensor per expert, and there are no outputs.
-        """
-        seen: dict[str, Any] = {}
-        undo = Undo()
-
-        def watch_experts(rows: Tensor, routing: Routing) -> Tensor:
-            seen["down"] = rows.split(routing.counts), None
-            return rows
-
-        def watch(part: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[part] = args[0], output
-
-        try:
-            for part, linear in linears_of(self.layers[index], self.family).items():
-                if part in IN_PARTS:
-                    undo.add(linear.register_forward_hook(partial(watch, part)).remove)
-            if self.family.experts is not None:
-                undo.add(patch_experts(self.layers[index], self.family, watch_experts))
-            yield seen
-        finally:
-            undo.restore()
 
 
 def _adds(before: Tensor, seen: dict[str, Any], out: Tensor) -> bool:

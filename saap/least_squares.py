@@ -64,22 +64,32 @@ class NormalEquations:
         ``gram`` and ``cross`` are overwritten. A matrix that is singular in float64 gets tenfold damping, ``RAISES``
         times at most; then, or when it is not finite, ValueError says so, calling it ``name``.
         """
-        if not self.finite():
-            raise ValueError(f"expected finite inputs and outputs, found NaN or inf in those of {name}")
-        mean_inputs, mean_residual = self.inputs / self.tokens, self.residual / self.tokens
-        if affine:
-            self.gram.addr_(self.inputs, mean_inputs, alpha=-1)
-            self.cross.addr_(self.inputs, mean_residual, alpha=-1)
+        self._centre(affine, name)
         share = len(self.gram) / self.tokens
-        change = self._solve(caution * share if isinstance(damping, str) else damping, name)
+        factor = self._factor(caution * share if isinstance(damping, str) else damping, name)
+        change = torch.zeros_like(self.cross.T) if factor is None else torch.cholesky_solve(self.cross, factor).T
+        mean_inputs, mean_residual = self.inputs / self.tokens, self.residual / self.tokens
         shift = mean_residual - change @ mean_inputs if affine else torch.zeros_like(mean_residual)
         return change, shift
 
-    def _solve(self, damping: float, name: str) -> Tensor:
+    def damped(self, affine: bool, name: str = "the matrix") -> Tensor | None:
+        """The Gram matrix (K, K) as ``solve`` with damping "auto" inverts it, or None where all inputs are zero."""
+        self._centre(affine, name)
+        return None if self._factor(len(self.gram) / self.tokens, name) is None else self.gram
+
+    def _centre(self, affine: bool, name: str) -> None:
+        if not self.finite():
+            raise ValueError(f"expected finite inputs and outputs, found NaN or inf in those of {name}")
+        if affine:
+            self.gram.addr_(self.inputs, self.inputs / self.tokens, alpha=-1)
+            self.cross.addr_(self.inputs, self.residual / self.tokens, alpha=-1)
+
+    def _factor(self, damping: float, name: str) -> Tensor | None:
+        """The Cholesky factor of the damped Gram matrix; None where there are no inputs, or all of them are zero."""
         diagonal = self.gram.diagonal()
         scale = float(diagonal.mean()) if len(diagonal) else 0.0
-        if scale <= 0:  # no inputs, or all of them zero: any weights do
-            return torch.zeros_like(self.cross.T)
+        if scale <= 0:
+            return None
         added = 0.0
         for power in range(RAISES + 1):
             wanted = damping * 10**power * scale
@@ -87,7 +97,7 @@ class NormalEquations:
             added = wanted
             factor, failed = torch.linalg.cholesky_ex(self.gram)
             if not failed and _regular(factor, diagonal):
-                return torch.cholesky_solve(self.cross, factor).T
+                return factor
         raise ValueError(
             f"the Gram matrix of {name} stays singular with damping {damping * 10**RAISES:g}, ten to the {RAISES} "
             f"times what was asked for; use a larger damping than {damping:g} or more calibration text"

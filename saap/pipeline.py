@@ -74,6 +74,7 @@ class Job:
     steps: int = 1
     compensation_inputs: str = "auto"
     step_samples: int | None = None
+    compensated_scores: bool | str = "auto"
 
     def targets(self) -> dict[float | None, Path]:
         """{ratio: directory}; a plan has the ratio None."""
@@ -116,7 +117,7 @@ class Job:
         """How each ratio is pruned; raises ValueError for a number of steps that is none."""
         return Recipe(
             self.criterion, self.search_options, self.calibration, self.compensate, self.steps,
-            self.compensation_inputs, self.step_samples,
+            self.compensation_inputs, self.step_samples, self.compensated_scores,
         )  # fmt: skip
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[Result]:

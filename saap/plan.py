@@ -114,11 +114,7 @@ class Plan:
 
     def check_model(self, units: Units) -> None:
         """Raise ValueError unless ``units`` describe the model this plan was made for."""
-        if units.fingerprint != self.units.fingerprint:
-            raise ValueError(
-                f"this plan was made for a {self.units.family} model with fingerprint {self.units.fingerprint}; "
-                f"got a {units.family} model with fingerprint {units.fingerprint}"
-            )
+        self.units.check_same(units, "this plan was made for")
 
     def to_json(self) -> str:
         kept = self.units.total_parameters - self.removed_parameters

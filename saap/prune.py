@@ -52,6 +52,7 @@ def prune(
     keep_experts: int | None = None,
     compensate: str = "none",
     compensation_inputs: str = "auto",
+    compensated_scores: bool | str = "auto",
     steps: int = 1,
     step_samples: int | None = None,
     samples: int = 128,
@@ -70,7 +71,8 @@ def prune(
     ``statistics`` from an earlier ``calibrate`` of this model replaces ``data``. ``steps`` above 1 removes the
     ratio in that many equal steps and calibrates again after each; with ``step_samples`` on so many new sequences,
     added to what is left of the statistics before. ``compensate`` "bias" or "least_squares" makes up for what a step
-    removes by ``compensation`` with inputs ``compensation_inputs``. Both need ``data`` with statistics too.
+    removes by ``compensation`` with inputs ``compensation_inputs``; before least squares the search goes by what it
+    cannot make up for, unless ``compensated_scores`` is False. Both need ``data`` with statistics too.
     ``eval_text`` (what ``evaluate`` takes) is evaluated on the dense and then on the pruned model. The other
     arguments are those of ``calibrate``, ``score`` and ``search``; ``progress`` counts as ``prune_in_steps`` says.
     Raises ValueError before calibration when the ratio cannot be reached or the statistics belong to another model.
@@ -87,7 +89,7 @@ def prune(
             "samples": samples, "seq_len": seq_len, "batch_size": batch_size, "checkpoint": checkpoint,
             "backend": backend, "seed": seed, "stream": stream,
         },
-        compensate, steps, compensation_inputs, step_samples,
+        compensate, steps, compensation_inputs, step_samples, compensated_scores,
     )  # fmt: skip
     check_compensate(compensate, data, compensation_inputs)
     refuse_experts(units, compensate, compensation_inputs)

@@ -178,11 +178,7 @@ class Statistics:
 
     def check_model(self, units: Units) -> None:
         """Raise ValueError unless ``units`` describe the model these statistics were measured on."""
-        if units.fingerprint != self.units.fingerprint:
-            raise ValueError(
-                f"these statistics belong to a {self.units.family} model with fingerprint {self.units.fingerprint}; "
-                f"got a {units.family} model with fingerprint {units.fingerprint}"
-            )
+        self.units.check_same(units, "these statistics belong to")
 
     def data_fingerprint(self) -> str:
         return hashlib.sha256("".join(self.data).encode()).hexdigest()[:16]

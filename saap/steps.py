@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from saap.calibrate import calibrate
 from saap.compact import PLAN_ATTRIBUTE, compact
 from saap.compensate import Compensation, compensation
+from saap.compensated_scores import compensated_scores
 from saap.criteria import Criterion, score
 from saap.micro_batches import Progress
 from saap.plan import Plan
@@ -29,7 +30,8 @@ class Recipe:
 
     With ``step_samples`` statistics stay warm: every step after the first measures that many new sequences, packed
     behind those of the steps before, and adds them to what pruning left of the statistics so far. Otherwise each
-    step calibrates from nothing on the sequences of the first.
+    step calibrates from nothing on the sequences of the first. ``compensated_scores`` has the search go by what
+    least squares cannot make up for; "auto" does where least squares follows.
     """
 
     criterion: str | Criterion = "saap"
@@ -39,8 +41,16 @@ class Recipe:
     steps: int = 1
     compensation_inputs: str = "auto"
     step_samples: int | None = None
+    compensated_scores: bool | str = "auto"
 
     def __post_init__(self) -> None:
+        if self.compensated_scores not in (True, False, "auto"):
+            raise ValueError(f'compensated_scores must be True, False or "auto"; got {self.compensated_scores!r}')
+        if self.compensated_scores is True and self.compensate != "least_squares":
+            raise ValueError(
+                "compensated_scores are for what least squares makes up for: expected compensate "
+                f"'least_squares', got {self.compensate!r}"
+            )
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps must be a positive integer; got {self.steps!r}")
         if self.step_samples is None:
@@ -51,6 +61,25 @@ class Recipe:
             raise ValueError("step_samples is for the steps after the first: expected steps above 1, got 1")
         if self.calibration.get("coupled"):
             raise ValueError("step_samples adds to the statistics before, which coupled ones do not allow")
+
+    @property
+    def scores_compensated(self) -> bool:
+        return self.compensated_scores is not False and self.compensate == "least_squares"
+
+    @property
+    def text_options(self) -> dict[str, Any]:
+        """What ``compensated_scores`` and ``compensation`` are given of the calibration's options."""
+        return {name: value for name, value in self.calibration.items() if name in COMPENSATION_OPTIONS}
+
+    def scores(
+        self, statistics: Statistics, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, data: Any,
+        progress: Progress | None = None,
+    ) -> Scores:  # fmt: skip
+        """What the search goes by: the criterion's scores, or what of them least squares cannot make up for."""
+        found = score(statistics, self.criterion)
+        if not self.scores_compensated:
+            return found
+        return compensated_scores(found, model, tokenizer, data, **self.text_options, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -100,7 +129,7 @@ def prune_in_steps(
                 statistics = _calibrated(model, tokenizer, data, recipe, sequences, step, left, counted)
         statistics.check_model(discover(model))
         with watch("score"):
-            scores = score(statistics, recipe.criterion)
+            scores = recipe.scores(statistics, model, tokenizer, data, stages.of(step, "score"))
         with watch("search"):
             plan = search(scores, **share, **recipe.search)
         found = _compensated(model, tokenizer, data, plan, recipe, watch, stages.of(step, "compensate"))
@@ -139,8 +168,7 @@ def _compensated(
 ) -> Compensation | None:  # fmt: skip
     if recipe.compensate == "none":
         return None
-    options = {name: value for name, value in recipe.calibration.items() if name in COMPENSATION_OPTIONS}
-    options |= {"method": recipe.compensate, "inputs": recipe.compensation_inputs}
+    options = recipe.text_options | {"method": recipe.compensate, "inputs": recipe.compensation_inputs}
     with watch("compensate"):
         return compensation(model, plan, tokenizer, data, **options, progress=progress)
 
@@ -170,7 +198,9 @@ class Stages:
 
     def __init__(self, progress: Progress | None, recipe: Recipe, *, given: bool) -> None:
         self.progress = progress
-        kinds = ("calibrate", "compensate") if recipe.compensate != "none" else ("calibrate",)
+        kinds = ["calibrate"]
+        kinds += ["score"] if recipe.scores_compensated else []
+        kinds += ["compensate"] if recipe.compensate != "none" else []
         every = [(step, kind) for step in range(1, recipe.steps + 1) for kind in kinds]
         self.stages = every[1:] if given else every
 

@@ -115,6 +115,14 @@ class Units:
     head_parameters: int = 0
     anchors: tuple[int, ...] = (0,)
 
+    def check_same(self, units: "Units", what: str) -> None:
+        """Raise ValueError unless ``units`` describe the same model; ``what`` is what these belong to."""
+        if units.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"{what} a {self.family} model with fingerprint {self.fingerprint}; "
+                f"got a {units.family} model with fingerprint {units.fingerprint}"
+            )
+
     def count(self, module: str) -> int:
         return sum(layer.count(module) for layer in self.layers)
 

@@ -62,6 +62,10 @@ CompensationInputs = Annotated[
         "one (one pass). auto: pruned for least_squares, but dense for mixtures of experts."
     ),
 ]
+CompensatedScores = Annotated[
+    Literal["auto", "on", "off"],
+    typer.Option(help="Search by what least squares cannot make up for (one more pass). auto: with least_squares."),
+]
 Steps = Annotated[int, typer.Option(help="Prune in so many steps, calibrating again after each; needs --data.")]
 StepSamples = Annotated[
     int | None,
@@ -133,11 +137,12 @@ def search_options(
     }  # fmt: skip
 
 
-def refuse_beside_plan(criterion: str, options: dict[str, Any]) -> None:
+def refuse_beside_plan(criterion: str, options: dict[str, Any], compensated_scores: str = "auto") -> None:
     """Raise ValueError for choices that a given plan has made already; ``options`` as of ``search_options``."""
     defaults = search_options("global", 0.5, "model", "parameters", 0, None, None, 32, "", False, False, None)
     given = [name for name, value in options.items() if value != defaults[name]]
     given += ["criterion"] if criterion != "saap" else []
+    given += ["compensated_scores"] if compensated_scores != "auto" else []
     if given:
         named = ", ".join("--" + name.replace("_", "-") for name in sorted(given))
         raise ValueError(f"a --plan says already what stays; expected no {named} beside it")

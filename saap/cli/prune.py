@@ -14,6 +14,7 @@ from saap.cli.options import (
     BatchSize,
     Checkpoint,
     Compensate,
+    CompensatedScores,
     CompensationInputs,
     Context,
     Criterion,
@@ -79,6 +80,7 @@ def prune(
     keep_experts: KeepExperts = None,
     compensate: Compensate = "none",
     compensation_inputs: CompensationInputs = "auto",
+    compensated_scores: CompensatedScores = "auto",
     steps: Steps = 1,
     step_samples: StepSamples = None,
     samples: Samples = 128,
@@ -114,12 +116,13 @@ def prune(
             protect, uniform, allow_empty, keep_experts,
         )  # fmt: skip
         if plan is not None:
-            refuse_beside_plan(criterion, options)
+            refuse_beside_plan(criterion, options, compensated_scores)
         job = pipeline.Job(
             out, pipeline.parse_ratios(ratio, plan), data, plan, statistics, save_statistics, eval_text, criterion,
             options, calibration_options(samples, seq_len, batch_size, checkpoint, backend, seed), layout, force,
             report=report, baselines=tuple(name.strip() for name in baselines.split(",") if name.strip()),
             compensate=compensate, steps=steps, compensation_inputs=compensation_inputs, step_samples=step_samples,
+            compensated_scores=SWITCH[compensated_scores],
         )  # fmt: skip
         job.check_files()
         with console.screen.status("loading the model"):

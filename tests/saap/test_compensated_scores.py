@@ -1,0 +1,156 @@
+"""Scores by what least squares cannot make up for: against materialised inputs, and what must not change them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import saap
+from saap.backward_elimination import costs_in_turn
+from saap.criteria import score
+from saap.steps import Recipe, prune_in_steps
+from saap.stream import Streaming
+from saap.units import MODULES, discover, module_of
+from tests.saap.test_calibrate import FAMILIES
+from tests.saap.test_compensate import DATA, OPTIONS, operands, parts_of
+from tests.saap.test_experts import calls_of, outputs_of, with_an_idle_expert
+from tests.saap.test_stream import state_of
+from tests.saap.tiny import MIXTURES, tiny_model
+
+CALIBRATION = {name: OPTIONS[name] for name in ("samples", "seq_len", "batch_size")}
+
+
+def scored(model, criterion: str = "saap") -> saap.Scores:
+    return score(saap.calibrate(model, data=DATA, **CALIBRATION), criterion)
+
+
+def damped_gram(inputs: torch.Tensor, affine: bool) -> torch.Tensor:
+    """Of inputs (T, K), with the damping that ``compensation`` calls "auto"."""
+    centred = inputs - inputs.mean(0) if affine else inputs
+    gram = centred.T @ centred
+    return gram + len(gram) / len(inputs) * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_is_taken_over_its_own_inputs(family: str) -> None:
+    model = tiny_model(family)
+    before = scored(model)
+    found = saap.compensated_scores(before, model, **OPTIONS)
+    for (index, part), (x, _) in operands(model).items():
+        linear, module = parts_of(model)[index, part], module_of(part)
+        wanted = costs_in_turn(
+            damped_gram(x, linear.bias is not None), linear.weight.detach(), before.layer(index, module)
+        )
+        # float64 throughout; sums in another order, inverses of condition 1e4
+        torch.testing.assert_close(found.layer(index, module), wanted, rtol=1e-8, atol=0)
+    assert found.settings == before.settings | {"compensated_scores": True}
+    assert found.fluctuation is before.fluctuation and found.experts is before.experts
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_every_expert_is_taken_over_its_own_tokens(family: str) -> None:
+    model = with_an_idle_expert(tiny_model(family))
+    before = scored(model)
+    found = saap.compensated_scores(before, model, **OPTIONS)
+    idle = 0
+    for index, (hidden, chosen, _) in enumerate(calls_of(model, DATA)):
+        experts = model.model.layers[index].mlp.experts
+        alone, turns = (each.layer(index, "mlp").chunk(len(experts.down_proj)) for each in (before, found))
+        for expert in range(len(alone)):
+            mine = hidden[(chosen == expert).any(1)]
+            if not len(mine):
+                assert torch.equal(turns[expert], alone[expert])
+                idle += 1
+                continue
+            inner, _ = outputs_of(experts, expert, mine)
+            wanted = costs_in_turn(
+                damped_gram(inner.detach(), False), experts.down_proj[expert].detach(), alone[expert]
+            )
+            torch.testing.assert_close(turns[expert], wanted, rtol=1e-8, atol=0)
+    assert idle
+
+
+def test_streaming_and_micro_batches_change_nothing_and_the_model_stays(tmp_path) -> None:
+    model = tiny_model("llama").train()
+    before, state = scored(model), state_of(model)
+    plain = saap.compensated_scores(before, model, **OPTIONS)
+    for options in ({"batch_size": 9}, {"stream": Streaming(folder=tmp_path)}):
+        other = saap.compensated_scores(before, model, **OPTIONS | options)
+        for module in MODULES:  # float64; another order of sums
+            torch.testing.assert_close(getattr(other, module), getattr(plain, module), rtol=1e-9, atol=0)
+    assert model.training and state_of(model) == state and not list(tmp_path.iterdir())
+
+
+def test_progress_counts_sequences_times_blocks() -> None:
+    model, seen = tiny_model("llama"), []
+    saap.compensated_scores(scored(model), model, **OPTIONS, progress=lambda *each: seen.append(each))
+    assert seen[-1] == (9 * 3, 9 * 3) and [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_an_attention_that_is_gone_has_no_scores() -> None:
+    model = tiny_model("llama")
+    units = discover(model)
+    layers = [
+        saap.LayerPlan(tuple(range(each.kv_heads)), tuple(range(each.intermediate_size))) for each in units.layers
+    ]
+    layers[1] = saap.LayerPlan((), layers[1].channels)
+    model = saap.compact(model, saap.Plan(units, tuple(layers), {"allow_empty": True}))
+    before = scored(model)
+    found = saap.compensated_scores(before, model, **OPTIONS)
+    assert found.layer(1, "attention").shape == (0,) and not torch.equal(found.mlp, before.mlp)
+
+
+def test_what_does_not_fit_is_refused_before_the_pass() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=r"these scores belong to a opt model with fingerprint \w+; got a llama model"):
+        saap.compensated_scores(scored(tiny_model("opt")), model, **OPTIONS)
+    before = scored(model)
+    with pytest.raises(ValueError, match="samples"):
+        saap.compensated_scores(before, model, data=DATA, samples=0)
+    with torch.no_grad():
+        parts_of(model)[1, "down"].weight[0, 0] = float("nan")
+    broken = replace(before, units=discover(model))  # calibration would have refused the model
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.down_proj.weight"):
+        saap.compensated_scores(broken, model, **OPTIONS)
+
+
+def recipe(**changes) -> Recipe:
+    return Recipe(search={"multiple": 8, "ratio_of": "blocks"}, calibration=CALIBRATION, **changes)
+
+
+def test_least_squares_follows_a_search_by_compensated_scores_unless_told_otherwise() -> None:
+    plans = {}
+    for choice in ("auto", True, False):
+        model = tiny_model("llama")
+        done = prune_in_steps(model, None, DATA, 0.4, recipe(compensate="least_squares", compensated_scores=choice))
+        plans[choice] = done.plan
+        assert done.plan.settings.get("compensated_scores", False) == (choice is not False)
+    assert plans["auto"].layers == plans[True].layers != plans[False].layers
+    model = tiny_model("llama")
+    wanted = saap.search(saap.compensated_scores(scored(model), model, **OPTIONS), 0.4, multiple=8, ratio_of="blocks")
+    assert plans["auto"].layers == wanted.layers
+    for compensate in ("none", "bias"):
+        done = prune_in_steps(tiny_model("llama"), None, DATA, 0.4, recipe(compensate=compensate))
+        assert done.plan.layers == plans[False].layers and "compensated_scores" not in done.plan.settings
+
+
+def test_every_step_and_every_stage_of_it_is_counted() -> None:
+    seen = []
+    made = recipe(compensate="least_squares", steps=2)
+    done = prune_in_steps(tiny_model("llama"), None, DATA, 0.4, made, progress=lambda *each: seen.append(each))
+    assert done.plan.settings["compensated_scores"] and done.plan.settings["steps"] == 2
+    assert {total for _, total in seen} == {6000} and seen[-1] == (6000, 6000)
+    assert [n for n, _ in seen] == sorted(n for n, _ in seen)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"compensated_scores": "yes"}, "compensated_scores must be True, False or \"auto\"; got 'yes'"),
+        ({"compensated_scores": True}, "expected compensate 'least_squares', got 'none'"),
+        ({"compensated_scores": True, "compensate": "bias"}, "expected compensate 'least_squares', got 'bias'"),
+    ],
+)
+def test_choices_that_do_not_go_together_are_refused(changes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe(**changes)
