@@ -114,18 +114,13 @@ def same_everywhere(
     """
     heads_saved, heads_lost = _over_layers(candidates, "attention")
     steps_saved, steps_lost = _over_layers(candidates, "mlp")
-    heads = len(heads_saved) - 1
-    everything = sum(float(c.saved[-1] + (c.saved[1] if len(c.saved) > 1 else 0)) for (_, m), c in candidates.items()
-                     if m == "attention") + float(steps_saved[-1])  # fmt: skip
+    off_share = torch.zeros(len(heads_saved)) if cheapest else _off_share(candidates, target, float(steps_saved[-1]))
     best: tuple[float, int, int] | None = None
-    for removed_heads in range(heads + 1):
+    for removed_heads in range(len(heads_saved)):
         removed_steps = int(torch.searchsorted(steps_saved, target - heads_saved[removed_heads]))
         if removed_steps == len(steps_saved):
             continue
-        if cheapest:
-            loss = float(heads_lost[removed_heads] + steps_lost[removed_steps])
-        else:
-            loss = abs(removed_heads - target / everything * (heads + 1)) if heads else 0.0
+        loss = float(heads_lost[removed_heads] + steps_lost[removed_steps] if cheapest else off_share[removed_heads])
         if best is None or loss < best[0]:
             best = (loss, removed_heads, removed_steps)
     if best is None:
@@ -135,6 +130,23 @@ def same_everywhere(
             f"ratio so is {int(largest * 1e4) / 1e4:.4f}; other methods than uniform reach more"
         )
     return {(layer, module): best[1] if module == "attention" else best[2] for layer, module in candidates}
+
+
+def _off_share(candidates: dict[Key, Candidates], target: float, channels: float) -> Tensor:
+    """By the number of attention candidates that go: KV heads between what is gone and the asked share of them, (n,).
+
+    The share is of what all heads and ``channels`` together can save; a last head that must stay counts as the first.
+    """
+    found = [c for (_, module), c in candidates.items() if module == "attention"]
+    most = min((len(c.ends) for c in found), default=1)
+    if most == 1:
+        return torch.zeros(1, dtype=torch.float64)  # nothing to choose from
+    heads = sum(
+        float(c.saved[-1] + (c.order.shape[1] - c.ends[-1]) * c.saved[1] / (c.ends[1] - c.ends[0])) for c in found
+    )
+    share = target / (heads + channels)
+    gone = torch.stack([c.ends[:most] for c in found]).double().mean(0)
+    return (gone - share * min(c.order.shape[1] for c in found)).abs()
 
 
 def _over_layers(candidates: dict[Key, Candidates], module: str) -> tuple[Tensor, Tensor]:
