@@ -39,6 +39,7 @@ from saap.cli.options import (
     StepSamples,
     Stream,
     StreamFolder,
+    TensorParallel,
     Uniform,
     calibration_options,
     refuse_beside_plan,
@@ -77,6 +78,7 @@ def prune(
     uniform: Uniform = False,
     allow_empty: AllowEmpty = False,
     keep_experts: KeepExperts = None,
+    tensor_parallel: TensorParallel = 1,
     compensate: Compensate = "none",
     compensation_inputs: CompensationInputs = "auto",
     steps: Steps = 1,
@@ -111,7 +113,7 @@ def prune(
         refuse_ranks("prune", "calibrate with torchrun, then prune with --statistics")
         options = search_options(
             method, fluctuation_weight, ratio_of, resource, context, latency_table, latency_device, multiple,
-            protect, uniform, allow_empty, keep_experts,
+            protect, uniform, allow_empty, keep_experts, tensor_parallel,
         )  # fmt: skip
         if plan is not None:
             refuse_beside_plan(criterion, options)
