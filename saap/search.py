@@ -53,7 +53,8 @@ def search(
 
     ``tensor_parallel`` devices can share every layer of the pruned model, as vLLM does it: they divide the width of its
     MLP, or of each expert, and its query heads, and its KV heads are a multiple of them or a divisor of them (then
-    each KV head is copied). Sizes that they cannot share shrink to the next that they can before the search.
+    each KV head is copied). Sizes that they cannot share shrink to the next that they can before the search, with
+    ``allow_empty`` to none where there is no other.
 
     In a mixture of experts every expert of a layer keeps the same width, ``multiple`` must be one of 8, and
     ``keep_experts`` first drops whole experts: each layer that is not protected keeps so many, those of the

@@ -40,6 +40,19 @@ def test_layers_that_devices_cannot_share_are_named(units: dict, options: dict, 
             call()
 
 
+def test_an_attention_that_no_number_of_heads_lets_devices_share_goes_where_it_may() -> None:
+    whole, odd = layer_of(4, 1, 24), layer_of(3, 1, 24)
+    for layers, fits in (((whole, odd), True), ((odd, whole), False)):  # the first layer must keep a head
+        blocks = sum(layer.parameters(module) for layer in layers for module in ("attention", "mlp"))
+        units = Units("llama", layers, blocks + 100, blocks, "0" * 16)
+        options = {"budget": blocks, "multiple": 4, "tensor_parallel": 4, "allow_empty": True}
+        if fits:
+            assert [len(layer.kv_heads) for layer in search(make_scores(units), **options).layers] == [4, 0]
+        else:
+            with pytest.raises(ValueError, match="layer 0: .*=4 cannot split 3 KV heads with 1 query heads"):
+                search(make_scores(units), **options)
+
+
 def test_pruning_is_refused_before_calibration() -> None:
     with pytest.raises(ValueError, match=r"layer 0: tensor_parallel=5 cannot split 4 KV heads with 2 query heads each"):
         saap.prune(tiny_model("llama"), data=iter(()), ratio=0.3, tensor_parallel=5)
