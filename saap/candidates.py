@@ -7,6 +7,7 @@ from torch import Tensor
 
 from saap.resources import Resource
 from saap.scores import Scores
+from saap.tensor_parallel import allowed_counts, check_split
 
 Key = tuple[int, str]  # layer and module
 
@@ -15,45 +16,49 @@ Key = tuple[int, str]  # layer and module
 class Candidates:
     """What can be removed from one module of one layer, in order of rising score.
 
-    One candidate is one KV head, or as many channels as keep the width a multiple: of every expert, because all
-    experts of a layer have one width, each its own lowest. ``order`` (E, n) lists the units of each expert by
-    score, E 1 without experts; ``ends[i]`` is how many units of each are gone after i candidates; ``saved`` and
-    ``lost`` are what those candidates save of the resource and lose of the score together, both (n + 1,) from 0 on.
+    One candidate is as many KV heads, or channels, as lead to the next size that is allowed; of channels so many of
+    every expert, because all experts of a layer have one width, each its own lowest. ``order`` (E, n) lists the units
+    of each expert by score, E 1 without experts; ``ends[i]`` is how many units of each are gone after i candidates;
+    ``saved`` and ``lost`` are what those candidates save of the resource and lose of the score together, both (m + 1,)
+    from 0 on. Where the size that the module has is not allowed, ``ends`` starts with the units that go in any
+    case, and ``forced`` is what they save.
     """
 
     order: Tensor
     ends: Tensor
     saved: Tensor
     lost: Tensor
+    forced: float = 0.0
 
     @classmethod
     def of(
         cls, scores: Scores, layer: int, module: str, multiple: int, resource: Resource,
-        *, by_unit: bool = False, allow_empty: bool = False,
+        *, by_unit: bool = False, allow_empty: bool = False, devices: int = 1,
     ) -> "Candidates":  # fmt: skip
         """Candidates of one module; ``by_unit`` takes scores as they are, not per saved resource.
 
-        ``allow_empty`` lets the last KV head or the last multiple of channels go too.
+        ``allow_empty`` lets the last KV head or the last multiple of channels go too. What stays can be split over
+        ``devices``; raises ValueError where no size can.
         """
         sizes = scores.units.layers[layer]
         rows = max(1, sizes.experts) if module == "mlp" else 1
         values, order = scores.layer(layer, module).view(rows, -1).sort(stable=True)
         count = values.shape[1]
         order = order + torch.arange(rows)[:, None] * count
-        if module == "attention":
-            ends = torch.arange(count + 1 if allow_empty else max(1, count))
-        else:
-            first = count % multiple or multiple  # the first step brings the width to a multiple
-            ends = torch.tensor([0, *range(first, count + 1 - (0 if allow_empty else multiple), multiple)])
-        cost = resource.module(sizes, module, (count - ends).double() * rows)
+        allowed = allowed_counts(sizes, module, multiple, devices, allow_empty=allow_empty)
+        if not allowed:
+            check_split(sizes, layer, module, count, devices, " or any smaller size that it may take")
+        ends = count - torch.tensor(allowed)
+        whole, cost = resource.module(sizes, module, torch.tensor([count, *allowed]).double() * rows).tensor_split([1])
         saved = (cost[0] - cost).cummax(0).values  # where a smaller size is no faster nothing is saved
         lost = torch.cat([values.new_zeros(1), values.sum(0).cumsum(0)])[ends]
+        lost = lost - lost[0]
         if by_unit:
             lost = torch.cat([lost[:1], (lost.diff() / (ends.diff() * rows) * saved.diff()).cumsum(0)])
-        return cls(order, ends, saved, lost)
+        return cls(order, ends, saved, lost, float(whole[0] - cost[0]))
 
     def kept(self, removed: int) -> tuple[int, ...]:
-        """Indices kept after removing the first ``removed`` candidates, ascending."""
+        """Indices kept after removing the first ``removed`` candidates, and what goes in any case, ascending."""
         return tuple(self.order[:, int(self.ends[removed]) :].flatten().sort().values.tolist())
 
     def steps(self) -> tuple[Tensor, Tensor]:
@@ -109,23 +114,18 @@ def same_everywhere(
     """Remove the same number of candidates per module from every layer.
 
     ``cheapest`` tries every number of KV heads and keeps the one of lowest total score; otherwise
-    the number of heads nearest to the asked share is used, or the next one that reaches the target.
-    ``gone`` is what was saved before, for the error.
+    the allowed number of heads nearest to the asked share is used, or the next one that reaches the target.
+    ``target`` is what is left to be saved, ``gone`` what was saved before, for the error.
     """
     heads_saved, heads_lost = _over_layers(candidates, "attention")
     steps_saved, steps_lost = _over_layers(candidates, "mlp")
-    heads = len(heads_saved) - 1
-    everything = sum(float(c.saved[-1] + (c.saved[1] if len(c.saved) > 1 else 0)) for (_, m), c in candidates.items()
-                     if m == "attention") + float(steps_saved[-1])  # fmt: skip
+    off_share = torch.zeros(len(heads_saved)) if cheapest else _off_share(candidates, target, float(steps_saved[-1]))
     best: tuple[float, int, int] | None = None
-    for removed_heads in range(heads + 1):
+    for removed_heads in range(len(heads_saved)):
         removed_steps = int(torch.searchsorted(steps_saved, target - heads_saved[removed_heads]))
         if removed_steps == len(steps_saved):
             continue
-        if cheapest:
-            loss = float(heads_lost[removed_heads] + steps_lost[removed_steps])
-        else:
-            loss = abs(removed_heads - target / everything * (heads + 1)) if heads else 0.0
+        loss = float(heads_lost[removed_heads] + steps_lost[removed_steps] if cheapest else off_share[removed_heads])
         if best is None or loss < best[0]:
             best = (loss, removed_heads, removed_steps)
     if best is None:
@@ -135,6 +135,24 @@ def same_everywhere(
             f"ratio so is {int(largest * 1e4) / 1e4:.4f}; other methods than uniform reach more"
         )
     return {(layer, module): best[1] if module == "attention" else best[2] for layer, module in candidates}
+
+
+def _off_share(candidates: dict[Key, Candidates], target: float, channels: float) -> Tensor:
+    """By the number of attention candidates that go: KV heads between what is gone and the asked share of them, (n,).
+
+    The share is of what all heads and ``channels`` together can save; a last head that must stay counts as the first.
+    """
+    found = [c for (_, module), c in candidates.items() if module == "attention"]
+    most = min((len(c.ends) for c in found), default=1)
+    if most == 1:
+        return torch.zeros(1, dtype=torch.float64)  # nothing to choose from
+    heads = sum(
+        float(c.saved[-1] + (c.order.shape[1] - c.ends[-1]) * c.saved[1] / (c.ends[1] - c.ends[0])) for c in found
+    )
+    forced = sum(c.forced for c in candidates.values())
+    share = (target + forced) / (heads + channels + forced)
+    gone = torch.stack([c.ends[:most] for c in found]).double().mean(0)
+    return (gone - share * min(c.order.shape[1] for c in found)).abs()
 
 
 def _over_layers(candidates: dict[Key, Candidates], module: str) -> tuple[Tensor, Tensor]:

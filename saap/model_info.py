@@ -16,6 +16,7 @@ from saap.layout import is_template
 from saap.opening import has_tokenizer
 from saap.plan import Plan
 from saap.report import REPORT_FILE
+from saap.tensor_parallel import device_counts
 from saap.units import LayerUnits, discover
 
 WEIGHT_INDEX = "model.safetensors.index.json"
@@ -55,6 +56,11 @@ class ModelInfo:
         return len(set(self.layers)) == 1
 
     @property
+    def tensor_parallel(self) -> tuple[int, ...]:
+        """Numbers of devices that can share every layer."""
+        return device_counts(self.layers)
+
+    @property
     def dtypes(self) -> str:
         """Stored dtypes, the most frequent first."""
         return ", ".join(sorted(self.stored, key=lambda dtype: -self.stored[dtype]))
@@ -66,7 +72,8 @@ class ModelInfo:
         made = None if plan is None else {
             "removed_share": plan.ratio, "removed_share_of_blocks": plan.block_ratio, "settings": plan.settings,
         }  # fmt: skip
-        return values | {"uniform": self.uniform, "layers": layers, "plan": made}
+        own = {"uniform": self.uniform, "tensor_parallel": list(self.tensor_parallel)}
+        return values | own | {"layers": layers, "plan": made}
 
 
 def model_info(path: str | os.PathLike[str]) -> ModelInfo:

@@ -50,6 +50,7 @@ def prune(
     uniform: bool = False,
     allow_empty: bool = False,
     keep_experts: int | None = None,
+    tensor_parallel: int = 1,
     compensate: str = "none",
     compensation_inputs: str = "auto",
     compensated_scores: bool | str = "auto",
@@ -83,7 +84,7 @@ def prune(
         {
             "ratio_of": ratio_of, "resource": resource, "multiple": multiple, "protect": tuple(protect),
             "uniform": uniform, "allow_empty": allow_empty, "method": method, "fluctuation_weight": fluctuation_weight,
-            "keep_experts": keep_experts,
+            "keep_experts": keep_experts, "tensor_parallel": tensor_parallel,
         },
         {
             "samples": samples, "seq_len": seq_len, "batch_size": batch_size, "checkpoint": checkpoint,

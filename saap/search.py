@@ -13,6 +13,7 @@ from saap.plan import LayerPlan, Plan
 from saap.resources import Resource, named_resource
 from saap.scores import Scores
 from saap.standardise import with_fluctuation, within_layers
+from saap.tensor_parallel import check_devices, check_split, size_of
 from saap.units import MODULES, Units
 
 METHODS = ("global", "standardised", "fluctuation", "uniform")
@@ -33,6 +34,7 @@ def search(
     uniform: bool = False,
     allow_empty: bool = False,
     keep_experts: int | None = None,
+    tensor_parallel: int = 1,
 ) -> Plan:
     """Choose which units to keep so that at least ``ratio`` of a resource is saved.
 
@@ -44,10 +46,15 @@ def search(
     ``global`` removes by one ranking of score per saved resource; its plans are nested over ratios.
     ``standardised`` ranks z-scores, taken per module and layer, as FLAP does; ``fluctuation`` ranks z-scores,
     taken per module over all layers, less ``fluctuation_weight`` times those of the fluctuation over sequences,
-    for criteria that have one. ``uniform`` removes the same share of KV heads (nearest whole number) and then
+    for criteria that have one. ``uniform`` removes the same share of KV heads (nearest allowed number) and then
     as many channels as the budget still needs from every layer. ``multiple`` divides every kept MLP width that
-    changes. ``protect`` names layers left alone (negative counts from the end). ``uniform=True`` gives all
-    layers the same sizes.
+    changes; a width that is no larger stays, and the budget has to come from elsewhere. ``protect`` names layers left
+    alone (negative counts from the end). ``uniform=True`` gives all layers the same sizes.
+
+    ``tensor_parallel`` devices can share every layer of the pruned model, as vLLM does it: they divide the width of its
+    MLP, or of each expert, and its query heads, and its KV heads are a multiple of them or a divisor of them (then
+    each KV head is copied). Sizes that they cannot share shrink to the next that they can before the search, with
+    ``allow_empty`` to none where there is no other.
 
     In a mixture of experts every expert of a layer keeps the same width, ``multiple`` must be one of 8, and
     ``keep_experts`` first drops whole experts: each layer that is not protected keeps so many, those of the
@@ -56,76 +63,74 @@ def search(
 
     At least one KV head and ``multiple`` channels stay per layer, unless ``allow_empty`` lets whole attentions and
     MLPs, but no experts, go; the attention of ``units.anchors`` stays in any case. Deterministic; ties go to the lower
-    layer and index. Raises ValueError for bad options and, naming the largest, unreachable ratios.
+    layer and index. Raises ValueError for bad options; for unreachable ratios, naming the largest; for ratios below
+    what ``keep_experts`` and ``tensor_parallel`` remove alone; and for layers that ``tensor_parallel`` devices cannot
+    share and that may not shrink, or not far enough.
     """
     units = scores.units
     protected = _check_protect(protect, len(units.layers))
-    modules = _check_options(method, fluctuation_weight, multiple, ratio_of, modules)
-    if uniform and protected:
-        raise ValueError("uniform=True gives every layer the same sizes, so no layer can be protected; got protect")
-    sizes = {(layer.kv_heads, layer.intermediate_size, layer.experts) for layer in units.layers}
-    if uniform and len(sizes) > 1:
-        raise ValueError(f"uniform=True needs a model whose layers have one size; got {len(sizes)} different ones")
+    modules = _check_options(method, fluctuation_weight, multiple, tensor_parallel, ratio_of, modules)
+    _check_uniform(units, uniform, protected)
     _check_multiple(units, multiple, modules)
     resource = named_resource(resource)
     resource.check(units)
     whole, of_what = resource.whole(units, ratio_of), f"{ratio_of} {resource.unit}"
     kept = None if keep_experts is None else kept_experts(scores, keep_experts, protected)
     left = scores if kept is None else without_dropped(scores, kept)
-    gone = whole - resource.whole(left.units, ratio_of)  # what dropped experts save
-    if kept is None or ratio is not None or budget is not None:
-        target = _target(whole, ratio, budget, resource, ratio_of) - gone
-        _check_dropped(ratio, target, gone, whole, keep_experts, of_what)
-    else:
-        target = 0.0
+    only_experts = kept is not None and ratio is None and budget is None
+    asked = 0.0 if only_experts else _asked(whole, ratio, budget, resource, ratio_of)
     candidates = _candidates(
         _ranked(left, method, fluctuation_weight), protected, modules, multiple, resource,
-        by_unit=method in ("standardised", "fluctuation"), allow_empty=allow_empty,
+        by_unit=method in ("standardised", "fluctuation"), allow_empty=allow_empty, devices=tensor_parallel,
     )  # fmt: skip
-    _check_reachable(candidates.values(), target, gone, whole, of_what)
-    if target <= 0:
-        removed = dict.fromkeys(candidates, 0)
-    elif method == "uniform" or uniform:
-        removed = same_everywhere(candidates, target, whole, cheapest=method != "uniform", gone=gone)
-    else:
-        removed = in_order_of_density(candidates, target)
+    experts, forced = whole - resource.whole(left.units, ratio_of), sum(c.forced for c in candidates.values())
+    gone = experts + forced
+    if ratio is not None and asked - gone < -1e-9 * whole:
+        by = {f"keep_experts={keep_experts}": experts, f"tensor_parallel={tensor_parallel}": forced}
+        _refuse_gone(ratio, gone / whole, [option for option, share in by.items() if share], of_what)
+    removed = _removed(candidates, asked, gone, whole, of_what, method, uniform)
     layers = _layers(left.units, candidates, removed)
     layers = layers if kept is None else as_before(layers, units, kept)
     settings: dict[str, Any] = scores.settings | {
-        "search": method,
-        "ratio": ratio,
-        "budget": budget,
-        "ratio_of": ratio_of,
-        "multiple": multiple,
-        "protect": sorted(protected),
-        "modules": list(modules),
-        "uniform": uniform,
-        "allow_empty": allow_empty,
-    }
+        "search": method, "ratio": ratio, "budget": budget, "ratio_of": ratio_of, "multiple": multiple,
+        "protect": sorted(protected), "modules": list(modules), "uniform": uniform, "allow_empty": allow_empty,
+    }  # fmt: skip
     settings |= {} if keep_experts is None else {"keep_experts": keep_experts}
+    settings |= {} if tensor_parallel == 1 else {"tensor_parallel": tensor_parallel}
     settings |= resource.settings() | ({"fluctuation_weight": fluctuation_weight} if method == "fluctuation" else {})
     return Plan(units, layers, settings)
 
 
+def _removed(
+    candidates: dict[Key, Candidates], asked: float, gone: float, whole: float, of_what: str, method: str, uniform: bool
+) -> dict[Key, int]:
+    """How many candidates of each module go, so that with what is ``gone`` all that is ``asked`` is saved."""
+    target = asked - gone
+    _check_reachable(candidates.values(), target, gone, whole, of_what)
+    if target <= 0:
+        return dict.fromkeys(candidates, 0)
+    if method == "uniform" or uniform:
+        return same_everywhere(candidates, target, whole, cheapest=method != "uniform", gone=gone)
+    return in_order_of_density(candidates, target)
+
+
 def _candidates(
     scores: Scores, protected: set[int], modules: tuple[str, ...], multiple: int, resource: Resource, *,
-    by_unit: bool, allow_empty: bool,
+    by_unit: bool, allow_empty: bool, devices: int,
 ) -> dict[Key, Candidates]:  # fmt: skip
-    units = scores.units
-
-    def may_empty(layer: int, module: str) -> bool:
-        if module == "attention":
-            return allow_empty and layer not in units.anchors
-        return allow_empty and not units.layers[layer].experts
-
-    return {
-        (layer, module): Candidates.of(
-            scores, layer, module, multiple, resource, by_unit=by_unit, allow_empty=may_empty(layer, module)
-        )
-        for layer in range(len(units.layers))
-        if layer not in protected
-        for module in modules
-    }
+    units, found = scores.units, {}
+    for layer, sizes in enumerate(units.layers):
+        for module in MODULES:
+            if layer in protected or module not in modules:
+                why = " of a protected layer" if layer in protected else f" where only {modules[0]} is pruned"
+                check_split(sizes, layer, module, size_of(sizes, module), devices, why)
+                continue
+            stays = layer in units.anchors if module == "attention" else bool(sizes.experts)
+            found[layer, module] = Candidates.of(
+                scores, layer, module, multiple, resource,
+                by_unit=by_unit, allow_empty=allow_empty and not stays, devices=devices,
+            )  # fmt: skip
+    return found
 
 
 def _ranked(scores: Scores, method: str, fluctuation_weight: float) -> Scores:
@@ -147,7 +152,7 @@ def _layers(units: Units, candidates: dict[Key, Candidates], removed: dict[Key, 
     return tuple(layers)
 
 
-def _target(whole: float, ratio: float | None, budget: float | None, resource: Resource, ratio_of: str) -> float:
+def _asked(whole: float, ratio: float | None, budget: float | None, resource: Resource, ratio_of: str) -> float:
     """How much of the resource is to be saved; what is met but for rounding is met."""
     if (ratio is None) == (budget is None):
         raise ValueError(f"give exactly one of ratio and budget; got ratio={ratio!r}, budget={budget!r}")
@@ -175,14 +180,11 @@ def _check_reachable(
         )
 
 
-def _check_dropped(
-    ratio: float | None, target: float, gone: float, whole: float, keep: int | None, of_what: str
-) -> None:  # fmt: skip
-    if ratio is not None and target < -1e-9 * whole:
-        raise ValueError(
-            f"keep_experts={keep} alone removes {math.ceil(gone / whole * 1e4) / 1e4:.4f} of the {of_what}: "
-            f"expected a ratio of at least that, got {ratio}"
-        )
+def _refuse_gone(ratio: float, gone: float, by: list[str], of_what: str) -> None:
+    raise ValueError(
+        f"{' and '.join(by)} alone remove{'s' if len(by) == 1 else ''} {math.ceil(gone * 1e4) / 1e4:.4f} of the "
+        f"{of_what}: expected a ratio of at least that, got {ratio}"
+    )
 
 
 def _check_protect(protect: Iterable[int], layers: int) -> set[int]:
@@ -194,7 +196,7 @@ def _check_protect(protect: Iterable[int], layers: int) -> set[int]:
 
 
 def _check_options(
-    method: str, fluctuation_weight: float, multiple: int, ratio_of: str, modules: Iterable[str]
+    method: str, fluctuation_weight: float, multiple: int, tensor_parallel: int, ratio_of: str, modules: Iterable[str]
 ) -> tuple[str, ...]:
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
@@ -202,6 +204,7 @@ def _check_options(
         raise ValueError(f"fluctuation_weight must be finite; got {fluctuation_weight!r}")
     if not isinstance(multiple, int) or multiple < 1:
         raise ValueError(f"multiple must be a positive integer; got {multiple!r}")
+    check_devices(tensor_parallel)
     if ratio_of not in ("model", "blocks"):
         raise ValueError(f'ratio_of must be "model" or "blocks"; got {ratio_of!r}')
     chosen = tuple(module for module in MODULES if module in tuple(modules))
@@ -209,6 +212,14 @@ def _check_options(
     if unknown or not chosen:
         raise ValueError(f"modules must be among {', '.join(MODULES)}; got {tuple(modules)!r}")
     return chosen
+
+
+def _check_uniform(units: Units, uniform: bool, protected: set[int]) -> None:
+    if uniform and protected:
+        raise ValueError("uniform=True gives every layer the same sizes, so no layer can be protected; got protect")
+    sizes = {(layer.kv_heads, layer.intermediate_size, layer.experts) for layer in units.layers}
+    if uniform and len(sizes) > 1:
+        raise ValueError(f"uniform=True needs a model whose layers have one size; got {len(sizes)} different ones")
 
 
 def _check_multiple(units: Units, multiple: int, modules: tuple[str, ...]) -> None:

@@ -122,6 +122,7 @@ def _print_info(found: ModelInfo) -> None:
         "weights": f"{found.dtypes}, {amount(found.weight_bytes, 'bytes')} in {found.weight_files} file(s)",
         "directory": amount(found.disk_bytes, "bytes"),
         "KV cache per token": amount(found.kv_cache_bytes_per_token, "bytes"),
+        "tensor parallel": setting(found.tensor_parallel),
         "tokenizer": setting(found.tokenizer),
         "report": REPORT_FILE if found.report else "none",
         "written by": found.written_by,

@@ -38,6 +38,13 @@ KeepExperts = Annotated[
         "router-weighted importance; the rest of the ratio comes from heads and channels."
     ),
 ]
+TensorParallel = Annotated[
+    int,
+    typer.Option(
+        help="So many devices must be able to share every layer of the pruned model: kept sizes are those that they "
+        "can split, as vLLM does."
+    ),
+]
 ResourceName = Annotated[
     Literal["parameters", "macs", "bytes", "latency"],
     typer.Option("--resource", help="What the ratio is counted in; latency needs --latency-table."),
@@ -126,20 +133,20 @@ def calibration_options(
 def search_options(
     method: str, fluctuation_weight: float, ratio_of: str, resource: str, context: int, latency_table: Path | None,
     latency_device: str | None, multiple: int, protect: str, uniform: bool, allow_empty: bool,
-    keep_experts: int | None,
+    keep_experts: int | None, tensor_parallel: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Keyword arguments of ``saap.search`` from the command line's text."""
     return {
         "method": method, "fluctuation_weight": fluctuation_weight, "ratio_of": ratio_of,
         "resource": _resource(resource, context, latency_table, latency_device), "multiple": multiple,
         "protect": layer_indices(protect), "uniform": uniform, "allow_empty": allow_empty,
-        "keep_experts": keep_experts,
+        "keep_experts": keep_experts, "tensor_parallel": tensor_parallel,
     }  # fmt: skip
 
 
 def refuse_beside_plan(criterion: str, options: dict[str, Any], compensated_scores: str = "auto") -> None:
     """Raise ValueError for choices that a given plan has made already; ``options`` as of ``search_options``."""
-    defaults = search_options("global", 0.5, "model", "parameters", 0, None, None, 32, "", False, False, None)
+    defaults = search_options("global", 0.5, "model", "parameters", 0, None, None, 32, "", False, False, None, 1)
     given = [name for name, value in options.items() if value != defaults[name]]
     given += ["criterion"] if criterion != "saap" else []
     given += ["compensated_scores"] if compensated_scores != "auto" else []

@@ -22,6 +22,7 @@ from saap.cli.options import (
     Protect,
     RatioOf,
     ResourceName,
+    TensorParallel,
     Uniform,
     search_options,
 )
@@ -55,6 +56,7 @@ def plan(
     uniform: Uniform = False,
     allow_empty: AllowEmpty = False,
     keep_experts: KeepExperts = None,
+    tensor_parallel: TensorParallel = 1,
     force: Force = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -68,7 +70,7 @@ def plan(
         pipeline.refuse_existing_file(out, force)
         options = search_options(
             method, fluctuation_weight, ratio_of, resource, context, latency_table, latency_device, multiple,
-            protect, uniform, allow_empty, keep_experts,
+            protect, uniform, allow_empty, keep_experts, tensor_parallel,
         )  # fmt: skip
         found = search(score(Statistics.load(statistics), criterion), ratio, **options)
         found.save(out)

@@ -40,6 +40,7 @@ from saap.cli.options import (
     StepSamples,
     Stream,
     StreamFolder,
+    TensorParallel,
     Uniform,
     calibration_options,
     refuse_beside_plan,
@@ -78,6 +79,7 @@ def prune(
     uniform: Uniform = False,
     allow_empty: AllowEmpty = False,
     keep_experts: KeepExperts = None,
+    tensor_parallel: TensorParallel = 1,
     compensate: Compensate = "none",
     compensation_inputs: CompensationInputs = "auto",
     compensated_scores: CompensatedScores = "auto",
@@ -113,7 +115,7 @@ def prune(
         refuse_ranks("prune", "calibrate with torchrun, then prune with --statistics")
         options = search_options(
             method, fluctuation_weight, ratio_of, resource, context, latency_table, latency_device, multiple,
-            protect, uniform, allow_empty, keep_experts,
+            protect, uniform, allow_empty, keep_experts, tensor_parallel,
         )  # fmt: skip
         if plan is not None:
             refuse_beside_plan(criterion, options, compensated_scores)

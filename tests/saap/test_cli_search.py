@@ -55,6 +55,20 @@ def test_a_latency_table_is_of_this_machine_unless_said_otherwise(statistics, tm
     plan(statistics, tmp_path / "c.json", *options, tmp_path / "other.json", "--latency-device", "any")
 
 
+def test_models_for_devices_say_for_how_many(workplace, statistics, tmp_path) -> None:  # noqa: F811
+    plan(statistics, tmp_path / "plan.json", "--tensor-parallel", 4)
+    made = saap.Plan.load(tmp_path / "plan.json")
+    again = saap.search(saap.score(saap.Statistics.load(statistics)), 0.2, multiple=8, tensor_parallel=4)
+    assert made == again and made.settings["tensor_parallel"] == 4 and {layer.width % 4 for layer in made.layers} == {0}
+    options = ("--tensor-parallel", 2, "--steps", 2)
+    prune(workplace, "--ratio", 0.3, *options, "--out", tmp_path / "out")
+    assert saap.Plan.load(tmp_path / "out/saap_plan.json").settings["tensor_parallel"] == 2
+    told = run("info", tmp_path / "out").stdout.replace("\n", " ")
+    assert "tensor parallel: 1, 2" in told and "tensor parallel 2" in told  # what it allows, what was asked for
+    dry = prune(workplace, "--ratio", 0.3, "--tensor-parallel", 5, "--dry-run", "--out", tmp_path / "dry", code=2)
+    assert "tensor_parallel=5 cannot split 4 KV heads" in dry.stderr.replace("\n", " ")
+
+
 def test_steps_and_compensation_prune_to_the_ratio(workplace, tmp_path) -> None:  # noqa: F811
     prune(workplace, "--ratio", 0.3, "--steps", 2, "--compensate", "least_squares", "--out", tmp_path / "out")
     made = saap.Plan.load(tmp_path / "out/saap_plan.json")
@@ -69,6 +83,12 @@ def test_steps_and_compensation_prune_to_the_ratio(workplace, tmp_path) -> None:
         (("--latency-table", "x.json"), "--resource latency and --latency-table go together"),
         (("--latency-device", "any"), "--latency-device says of which device a --latency-table must be"),
         (("--resource", "macs", "--context", -5), "context must not be negative; got -5"),
+        (("--tensor-parallel", 0), "tensor_parallel must be a positive number of devices; got 0"),
+        (("--tensor-parallel", 5), "layer 0: tensor_parallel=5 cannot split 4 KV heads with 2 query heads each"),
+        (
+            ("--tensor-parallel", 2, "--protect", -1),
+            "layer 2: tensor_parallel=2 cannot split 97 channels of a protected",
+        ),
         (("--context", 5), "--context is for --resource macs or bytes; got parameters"),
         (("--method", "fluctuation", "--criterion", "magnitude"), "needs a criterion with an importance per sequence"),
     ],
@@ -94,6 +114,7 @@ def test_steps_are_refused_without_text_before_the_model_is_loaded(statistics, t
             "expected no --criterion, --multiple, --protect beside it",
         ),
         (("--plan", "p.json", "--keep-experts", 2), "expected no --keep-experts beside it"),
+        (("--plan", "p.json", "--tensor-parallel", 2), "expected no --tensor-parallel beside it"),
         (("--ratio", 0.2, "--statistics", "s", "--save-statistics", "t"), "--save-statistics keeps what is measured"),
         (("--ratio", "0.12341,0.12342", "--data", "x.txt"), "ratios of a sweep must differ in four decimals"),
         (("--ratio", 0.2, "--data", "x.txt", "--method", "fluctuation", "--criterion", "flap"), "flap has none"),

@@ -60,11 +60,13 @@ def test_the_command_tells_people_and_programs(tmp_path) -> None:
     model = tiny_model("llama", torch.float32)
     saap.save(compact(model, make_plan(model)), tmp_path / "m", tokenizer=tiny_tokenizer())
     text = run("info", tmp_path / "m").stdout
+    assert "tensor parallel: 1\n" in text  # one layer has an odd number of KV heads
     for piece in ("llama (SaapLlamaForCausalLM, template layout)", "F32", "8 + 4 of 8", "removed: ", "made by hand"):
         assert piece in text
     found = json.loads(run("info", tmp_path / "m", "--json").stdout)
     assert [layer["kv_heads"] for layer in found["layers"]] == [3, 1, 4]
     assert found["plan"]["settings"] == {"made": "by hand"} and found["uniform"] is False
+    assert found["tensor_parallel"] == [1]
 
 
 def test_what_is_no_model_directory_is_named(tmp_path) -> None:

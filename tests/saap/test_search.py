@@ -139,6 +139,14 @@ def test_uniform_method_removes_nearest_share_of_heads() -> None:
     assert plan.uniform and len(plan.layers[0].kv_heads) == 3
 
 
+def test_uniform_method_counts_a_head_that_may_go_once() -> None:
+    units = make_units(layers=3, width=16, heads=3)
+    options = {"method": "uniform", "ratio_of": "blocks", "multiple": 1, "allow_empty": True}
+    plan = search(make_scores(units), 0.49, **options, protect=(0,))
+    share = 0.49 * 3 / 2  # of what the two layers that are not protected hold, 2.2 of 3 heads
+    assert round(share * 3) == 2 and [len(layer.kv_heads) for layer in plan.layers] == [3, 1, 1]
+
+
 def test_ties_go_to_the_lower_layer_and_index() -> None:
     units = make_units(layers=2, width=4, heads=2)
     flat = Scores(units, torch.ones(4, dtype=torch.float64), torch.ones(8, dtype=torch.float64))
