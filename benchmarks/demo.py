@@ -4,6 +4,7 @@
 """
 
 import argparse
+import copy
 import time
 from pathlib import Path
 
@@ -56,13 +57,19 @@ def main() -> None:
                 assert result.against is not None
                 rows.append(("dense", result.against))
             rows.append((criterion, result))
+        status.update("least squares")
+        compensated = saap.prune(
+            copy.deepcopy(dense), tokenizer, SMALL_MODEL / "calibration.jsonl", ratio=args.ratio, statistics=statistics,
+            compensate="least_squares",
+        ).model  # fmt: skip
+        rows.insert(1, ("saap, least squares", saap.evaluate(compensated, tokenizer, text)))
     print_table(
         f"{args.ratio:.0%} removed, one calibration, held-out text",
         EVALUATION_HEADER,
         [evaluation_row(name, result) for name, result in rows],
     )
     console.print(f"dense :  {rows[0][1].sample!r}")
-    console.print(f"pruned:  {rows[1][1].sample!r}")
+    console.print(f"pruned:  {rows[2][1].sample!r}")
     console.print(f"saved to {args.out}; reloaded with bitwise equal logits: {equal}; {time.time() - start:.0f} s")
     if not equal:
         raise SystemExit("error: the reloaded model's logits differ from the pruned model's")

@@ -115,6 +115,8 @@ def test_steps_are_refused_without_text_before_the_model_is_loaded(statistics, t
         ),
         (("--plan", "p.json", "--keep-experts", 2), "expected no --keep-experts beside it"),
         (("--plan", "p.json", "--tensor-parallel", 2), "expected no --tensor-parallel beside it"),
+        (("--plan", "p.json", "--compensated-scores", "off"), "expected no --compensated-scores beside it"),
+        (("--ratio", 0.2, "--data", "x.txt", "--compensated-scores", "on"), "expected compensate 'least_squares', got"),
         (("--ratio", 0.2, "--statistics", "s", "--save-statistics", "t"), "--save-statistics keeps what is measured"),
         (("--ratio", "0.12341,0.12342", "--data", "x.txt"), "ratios of a sweep must differ in four decimals"),
         (("--ratio", 0.2, "--data", "x.txt", "--method", "fluctuation", "--criterion", "flap"), "flap has none"),

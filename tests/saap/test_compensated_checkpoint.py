@@ -139,6 +139,16 @@ def test_the_command_compensates_each_model_of_a_sweep(workplace, tmp_path) -> N
         assert torch.equal(again(ids()).logits, swept(ids()).logits)
 
 
+def test_the_command_searches_by_compensated_scores_unless_told_otherwise(workplace, tmp_path) -> None:  # noqa: F811
+    plans = {}
+    for choice in ("auto", "on", "off"):
+        prune(workplace, "--ratio", 0.4, "--out", tmp_path / choice, "--compensate", "least_squares",
+              "--compensated-scores", choice)  # fmt: skip
+        plans[choice] = json.loads((tmp_path / choice / "saap_plan.json").read_text())
+    assert plans["auto"]["layers"] == plans["on"]["layers"] != plans["off"]["layers"]
+    assert [plans[each]["settings"].get("compensated_scores") for each in ("auto", "on", "off")] == [True, True, None]
+
+
 def test_the_command_refuses_a_plan_without_text_before_work(workplace, tmp_path) -> None:  # noqa: F811
     saap.search(
         saap.score(saap.calibrate(saap.load(workplace / "dense"), data=ids(4, 16), samples=4, seq_len=16)), 0.2,
