@@ -12,7 +12,7 @@ from saap.calibrate import calibrate
 from saap.checkpoint import refuse_existing, save
 from saap.compact import PLAN_ATTRIBUTE, compact
 from saap.compensate import check_compensate, compensation, refuse_experts
-from saap.criteria import check_criterion
+from saap.criteria import check_criterion, check_statistics, needs_coupled
 from saap.data import check_tokenizer, load_documents
 from saap.evaluate import Evaluation, evaluate
 from saap.evaluate_baselines import evaluate_baselines
@@ -84,9 +84,10 @@ class Job:
     def check_files(self) -> None:
         """Everything that can be refused without loading the model."""
         method = self.search_options.get("method", "global")
-        for criterion in (self.criterion, *self.baselines):
+        for criterion in self.criteria:
             check_criterion(criterion, method)
-        self.recipe()
+            recipe = replace(self.recipe(), criterion=criterion)
+            recipe.check_coupled(given=self.statistics_file is not None or self.plan_file is not None)
         check_compensate(self.compensate, self.data, self.compensation_inputs)
         if self.plan_file is not None and (self.statistics_file or self.save_statistics):
             raise ValueError("a --plan needs no statistics: give it without --statistics and --save-statistics")
@@ -106,11 +107,23 @@ class Job:
             refuse_existing_file(self.save_statistics, self.force)
         if self.plan_file is not None:
             Plan.load(self.plan_file)
+        if self.statistics_file is not None:
+            check_statistics(Statistics.load(self.statistics_file), *self.criteria)
         measured = self.plan_file is not None or self.statistics_file is not None
         if self.compensate != "none" or self.steps > 1 or not measured:
             load_documents(self.data)
         if self.eval_text is not None:
             load_documents(self.eval_text)
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """All that the statistics must serve."""
+        return (self.criterion, *self.baselines)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the dense model's statistics are measured here, coupled ones among them."""
+        return self.statistics_file is None and self.plan_file is None and needs_coupled(*self.criteria)
 
     def recipe(self) -> Recipe:
         """How each ratio is pruned; raises ValueError for a number of steps that is none."""
@@ -187,7 +200,8 @@ class Job:
         else:
             unit = progress_unit(self.calibration.get("stream"))
             with console.progress("calibrating", unit) as bar, watch("calibrate"):
-                statistics = calibrate(model, tokenizer, self.data, **self.calibration, progress=bar)
+                options = self.calibration | {"coupled": self.coupled}
+                statistics = calibrate(model, tokenizer, self.data, **options, progress=bar)
             if self.save_statistics is not None:
                 statistics.save(self.save_statistics)
         statistics.check_model(discover(model))

@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saap.calibrate import calibrate
+from saap.calibrate import calibrate, check_coupled
 from saap.compact import PLAN_ATTRIBUTE, compact
 from saap.compensate import Compensation, compensation
-from saap.criteria import Criterion, score
+from saap.criteria import Criterion, needs_coupled, score
 from saap.micro_batches import Progress
 from saap.plan import Plan
 from saap.resources import named_resource
@@ -49,8 +49,22 @@ class Recipe:
             raise ValueError(f"step_samples must be a positive integer; got {self.step_samples!r}")
         if self.steps == 1:
             raise ValueError("step_samples is for the steps after the first: expected steps above 1, got 1")
-        if self.calibration.get("coupled"):
-            raise ValueError("step_samples adds to the statistics before, which coupled ones do not allow")
+        if self.coupled:
+            raise ValueError(
+                "step_samples adds to the statistics before, which coupled ones do not allow; criterion "
+                f"{self.criterion!r} with steps measures all samples again after each, without step_samples"
+            )
+
+    @property
+    def coupled(self) -> bool:
+        """Whether calibration measures coupled statistics: asked to, or because the criterion reads them."""
+        return bool(self.calibration.get("coupled")) or needs_coupled(self.criterion)
+
+    def check_coupled(self, given: bool) -> None:
+        """Raise ValueError when coupled statistics cannot be measured as asked; ``given`` serve the first step."""
+        if self.coupled and (self.steps > 1 or not given):
+            samples = self.calibration.get("samples", 128)
+            check_coupled(samples, self.calibration.get("batch_size", "auto"))
 
 
 @dataclass(frozen=True)
@@ -83,6 +97,7 @@ def prune_in_steps(
     calibrations and compensations. What the arguments must be is up to the functions they go to, whose errors come
     through before the model is changed for the first time.
     """
+    recipe.check_coupled(given=statistics is not None)
     units, watch = discover(model), watch or Stopwatch()
     sequences, left = None, None
     if recipe.step_samples is not None:
@@ -126,7 +141,8 @@ def _calibrated(
 ) -> Statistics:  # fmt: skip
     """Statistics of a step: from nothing, or what is ``left`` of the ones before and new sequences."""
     if sequences is None:
-        return calibrate(model, tokenizer, data, **recipe.calibration, progress=progress)
+        options = recipe.calibration | {"coupled": recipe.coupled}
+        return calibrate(model, tokenizer, data, **options, progress=progress)
     ids = sequences.of_step(step)
     options = recipe.calibration | {"samples": len(ids), "seq_len": ids.shape[1]}
     found = calibrate(model, None, ids, **options, progress=progress)
