@@ -1,7 +1,6 @@
 """Pruning in one or several steps: calibrate, score, search, compensate, compact, and again on what is left."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,6 +14,7 @@ from saap.plan import Plan
 from saap.resources import named_resource
 from saap.scores import Scores
 from saap.search import search
+from saap.stages import Stages
 from saap.statistics import Statistics
 from saap.stopwatch import Stopwatch
 from saap.units import Units, discover
@@ -60,6 +60,11 @@ class Recipe:
         """Whether calibration measures coupled statistics: asked to, or because the criterion reads them."""
         return bool(self.calibration.get("coupled")) or needs_coupled(self.criterion)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The stages of a step that take long."""
+        return ("calibrate",) if self.compensate == "none" else ("calibrate", "compensate")
+
     def check_coupled(self, given: bool) -> None:
         """Raise ValueError when coupled statistics cannot be measured as asked; ``given`` serve the first step."""
         if self.coupled and (self.steps > 1 or not given):
@@ -87,15 +92,15 @@ def prune_in_steps(
     statistics: Statistics | None = None,
     copy: bool = False,
     watch: Stopwatch | None = None,
-    progress: Progress | None = None,
+    progress: Progress | Stages | None = None,
 ) -> Stepped:
     """Remove ``ratio`` in equal steps, in place or from a ``copy``; every step after the first calibrates anew.
 
     After step s of n the model has at most 1 - ratio * s / n of the dense one's resource left; a step for which
     the steps before removed enough is left out. ``statistics``, if given, serve the first step.
     ``progress(done, total)`` counts a stage's own work where there is only one, otherwise thousandths of all
-    calibrations and compensations. What the arguments must be is up to the functions they go to, whose errors come
-    through before the model is changed for the first time.
+    calibrations and compensations; ``Stages`` of this recipe go on where they are. What the arguments must be is up
+    to the functions they go to, whose errors come through before the model is changed for the first time.
     """
     recipe.check_coupled(given=statistics is not None)
     units, watch = discover(model), watch or Stopwatch()
@@ -103,7 +108,8 @@ def prune_in_steps(
     if recipe.step_samples is not None:
         known = 0 if statistics is None else statistics.sequences
         sequences = Sequences.of(model, tokenizer, data, recipe.calibration, recipe.steps, recipe.step_samples, known)
-    stages = Stages(progress, recipe, given=statistics is not None)
+    given = statistics is not None
+    stages = progress if isinstance(progress, Stages) else Stages(recipe.steps, recipe.kinds, given, progress)
     done: Stepped | None = None
     for step in range(1, recipe.steps + 1):
         share = _share(units, ratio, step, recipe)
@@ -113,12 +119,13 @@ def prune_in_steps(
             with watch("calibrate"):
                 counted = stages.of(step, "calibrate")
                 statistics = _calibrated(model, tokenizer, data, recipe, sequences, step, left, counted)
+        stages.say(step, "prune")
         statistics.check_model(discover(model))
         with watch("score"):
             scores = score(statistics, recipe.criterion)
         with watch("search"):
             plan = search(scores, **share, **recipe.search)
-        found = _compensated(model, tokenizer, data, plan, recipe, watch, stages.of(step, "compensate"))
+        found = _compensated(model, tokenizer, data, plan, recipe, watch, stages, step)
         with watch("compact"):
             model = compact(model, plan, found, copy=copy and step == 1)
         left = None if sequences is None else left_after(statistics, plan, discover(model))
@@ -151,14 +158,16 @@ def _calibrated(
 
 def _compensated(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, data: Any, plan: Plan, recipe: Recipe,
-    watch: Stopwatch, progress: Progress | None,
+    watch: Stopwatch, stages: Stages, step: int,
 ) -> Compensation | None:  # fmt: skip
     if recipe.compensate == "none":
         return None
     options = {name: value for name, value in recipe.calibration.items() if name in COMPENSATION_OPTIONS}
     options |= {"method": recipe.compensate, "inputs": recipe.compensation_inputs}
     with watch("compensate"):
-        return compensation(model, plan, tokenizer, data, **options, progress=progress)
+        found = compensation(model, plan, tokenizer, data, **options, progress=stages.of(step, "compensate"))
+    stages.say(step, "prune")
+    return found
 
 
 def _followed(done: Stepped, plan: Plan) -> Stepped:
@@ -179,27 +188,3 @@ def _reached(model: PreTrainedModel, share: dict[str, Any], recipe: Recipe) -> b
     resource = named_resource(recipe.search.get("resource", "parameters"))
     left = resource.whole(discover(model), recipe.search.get("ratio_of", "model"))
     return left <= share["budget"] * (1 + 1e-12)
-
-
-class Stages:
-    """The progress of each stage of each step as its share of that of all; the stage's own if there is only one."""
-
-    def __init__(self, progress: Progress | None, recipe: Recipe, *, given: bool) -> None:
-        self.progress = progress
-        kinds = ("calibrate", "compensate") if recipe.compensate != "none" else ("calibrate",)
-        every = [(step, kind) for step in range(1, recipe.steps + 1) for kind in kinds]
-        self.stages = every[1:] if given else every
-
-    def of(self, step: int, kind: str) -> Progress | None:
-        if self.progress is None or len(self.stages) == 1 or (step, kind) not in self.stages:
-            return self.progress
-        return partial(self._report, self.stages.index((step, kind)))
-
-    def _report(self, stage: int, done: int, total: int) -> None:
-        assert self.progress is not None  # or nothing would be reported
-        self.progress(int(1000 * (stage + done / total)), 1000 * len(self.stages))
-
-    def end(self) -> None:
-        """All is done, stages that were not needed included."""
-        if self.progress is not None and len(self.stages) > 1:
-            self.progress(1000 * len(self.stages), 1000 * len(self.stages))
