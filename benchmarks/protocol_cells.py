@@ -20,7 +20,7 @@ from benchmarks.protocol_models import Model, tokenizer_of
 from benchmarks.protocol_texts import identity
 from benchmarks.zero_shot import lm_eval_version, rows_file, zero_shot
 from saap.console import progress
-from saap.criteria import CRITERIA, Criterion
+from saap.criteria import CRITERIA, Criterion, needs_coupled
 from saap.data import Document, encode
 from saap.evaluate import perplexity
 from saap.opening import open_for_calibration, open_model
@@ -88,7 +88,8 @@ class Cell:
         return stem.with_name(f"{stem.name}.result.json")
 
     def statistics(self, out: Path) -> Path:
-        return self.stem(out).with_name("statistics.safetensors")
+        kind = "coupled-statistics" if needs_coupled(self.criterion or "") else "statistics"
+        return self.stem(out).with_name(f"{kind}.safetensors")
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def run_cell(cell: Cell, settings: Settings, inputs: Inputs, out: Path, keep: bo
 
 
 def _prune(cell: Cell, settings: Settings, inputs: Inputs, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write the cell's checkpoint and plan; statistics are measured once per model and seed."""
+    """Write the cell's checkpoint and plan; statistics, and coupled ones, are measured once per model and seed."""
     assert cell.ratio is not None and cell.criterion is not None and cell.seed is not None
     dense, streaming = open_for_calibration(cell.model.path, settings.dtype, "auto", None)
     file = cell.statistics(out)
@@ -143,6 +144,7 @@ def _prune(cell: Cell, settings: Settings, inputs: Inputs, tokenizer: PreTrained
             saap.calibrate(
                 dense, tokenizer, inputs.calibration, samples=settings.samples,
                 seq_len=settings.seq_len, seed=cell.seed, stream=streaming or False, progress=bar,
+                coupled=needs_coupled(cell.criterion),
             ).save(file)  # fmt: skip
     result = saap.prune(
         dense, ratio=cell.ratio, criterion=_criterion(cell), method=settings.method,

@@ -46,7 +46,7 @@ def calibrate(
     memory. Inside a torch.distributed process group every rank takes its share of the sequences and all
     return the same merged statistics. ``checkpoint`` recomputes each block's activations in the backward
     pass: True (least memory), False (fastest), or "auto" (when they would not fit). ``coupled`` also
-    measures LLM-Pruner's coupled salience, for which all samples form one micro-batch.
+    measures LLM-Pruner's coupled salience, for which all samples form one micro-batch of one process.
 
     ``stream`` brings one decoder block at a time onto the device, once forward and once backward: True,
     False, a ``Streaming`` (device, dtype, folder), or "auto" for a model in host memory or mapped files that
@@ -60,7 +60,10 @@ def calibrate(
     """
     units = discover(model)
     check_sizes(model, samples, seq_len, batch_size)
-    _check_options(samples, batch_size, checkpoint, coupled)
+    if coupled:
+        check_coupled(samples, batch_size)
+    if checkpoint not in (True, False, "auto"):
+        raise ValueError(f'checkpoint must be True, False or "auto"; got {checkpoint!r}')
     streaming = resolve_streaming(model, stream)
     if streaming is None:
         refuse_nonfinite_weights(model, family_of(model))
@@ -70,7 +73,7 @@ def calibrate(
     dtype = (streaming and streaming.dtype) or model.dtype
     fit = fit_micro_batches(
         units, len(mine), seq_len, dtype, device,
-        batch_size=samples if coupled else batch_size, checkpoint=checkpoint,
+        batch_size=batch_size, checkpoint=checkpoint, one_pass=coupled,
         streamed_bytes=None if streaming is None else streamed_bytes(model, dtype),
     )  # fmt: skip
     scale = FP16_LOSS_SCALE if dtype == torch.float16 else 1.0
@@ -143,14 +146,14 @@ def check_sizes(model: PreTrainedModel, samples: int, seq_len: int, batch_size: 
         raise ValueError(f'batch_size must be "auto" or a positive integer; got {batch_size!r}')
 
 
-def _check_options(samples: int, batch_size: int | str, checkpoint: bool | str, coupled: bool) -> None:
-    if coupled and (distributed.world_size() > 1 or batch_size not in ("auto", samples)):
+def check_coupled(samples: int, batch_size: int | str) -> None:
+    """Raise ValueError unless one process takes all ``samples`` in one micro-batch, as coupled statistics need."""
+    if distributed.world_size() > 1 or batch_size not in ("auto", samples):
         raise ValueError(
-            f"coupled statistics need all {samples} samples in one micro-batch of one process; "
-            f"got batch_size {batch_size} and {distributed.world_size()} processes"
+            f"coupled statistics need all {samples} samples in one micro-batch of one process; got batch_size "
+            f"{batch_size} and {distributed.world_size()} processes. Leave --batch-size at auto and start one process; "
+            "fewer --samples take less memory"
         )
-    if checkpoint not in (True, False, "auto"):
-        raise ValueError(f'checkpoint must be True, False or "auto"; got {checkpoint!r}')
 
 
 @torch.no_grad()

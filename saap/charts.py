@@ -8,7 +8,7 @@ from saap.axes import Axis, number, whole_ticks
 
 WIDTH = 440.0  # user units of every chart; a phone shows one at about four fifths of that
 SHADES = 9  # colours of a heat map
-LEFT, TOP, BOTTOM = 52.0, 8.0, 44.0
+LEFT, TOP, BOTTOM = 70.0, 8.0, 44.0  # left: the axis' name and a label such as 1.2·10⁻⁴
 RIGHT, EDGE = 60.0, 24.0  # with and without labels behind the bars
 Tick = tuple[float, str]  # position and label
 Point = tuple[float, float, bool]  # importance, fluctuation, kept

@@ -8,7 +8,16 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
@@ -53,13 +62,26 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:.1f} {unit}/s" if task.speed else f"- {unit}/s")
 
 
+class Bar:
+    """One progress bar: called with (done, total), and ``say`` tells what is going on."""
+
+    def __init__(self, shown: Progress, title: str, unit: str | None) -> None:
+        self._shown, self._task = shown, shown.add_task(title, total=None, unit=unit)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._shown.update(self._task, completed=done, total=total)
+
+    def say(self, title: str) -> None:
+        self._shown.update(self._task, description=title)
+
+
 @contextmanager
-def progress(title: str, unit: str, shown: bool = True) -> Iterator[Any]:
-    """A progress bar with a rate; yields a function of (done, total)."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+def progress(title: str, unit: str | None, shown: bool = True) -> Iterator[Bar]:
+    """A progress bar with a count and a rate of ``unit``, or with a percentage for None."""
+    counts = (TaskProgressColumn(),) if unit is None else (MofNCompleteColumn(), _Rate())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *counts, TimeRemainingColumn())
     with Progress(*columns, console=screen, transient=True, disable=not shown) as bar:
-        task = bar.add_task(title, total=None, unit=unit)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield Bar(bar, title, unit)
 
 
 def print_json(value: Any) -> None:

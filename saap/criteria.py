@@ -14,6 +14,9 @@ from saap.units import MODULES
 
 AGGREGATIONS = ("joint", "sum", "prod", "max", "last")
 FUSIONS = ("uncertainty", "mean", "vector", "element")
+NO_COUPLED = (
+    "expected statistics with coupled salience, got none; collect them with coupled=True (saap calibrate --coupled)"
+)
 
 Criterion = Callable[..., Scores]
 
@@ -101,6 +104,39 @@ def mask_gradient(stats: Statistics, *, order: str = "second") -> Scores:
     return _scores(stats, (1.0, 0.0), (order, order), "mask", settings)
 
 
+def llm_pruner(stats: Statistics, *, aggregation: str = "sum") -> Scores:
+    """LLM-Pruner's ``--taylor param_first``: |mean over sequences of s|, summed over the unit's weights.
+
+    ``element`` of first order on coupled statistics. Source: Ma et al., arXiv 2305.11627; ``aggregation`` is its
+    ``--grouping_strategy``. LLM-Pruner ranks within each layer: ``search(..., method="uniform")`` is nearest.
+    """
+    return _named("llm_pruner", element(stats, coupled=True, aggregation=aggregation))
+
+
+def llm_pruner_second(stats: Statistics, *, aggregation: str = "sum") -> Scores:
+    """LLM-Pruner's ``--taylor param_second``: the mean over sequences of s^2, summed over the unit's weights.
+
+    Squares are their own absolute values, so any statistics hold it: this is ``element`` of second order.
+    """
+    return _named("llm_pruner_second", element(stats, order="second", aggregation=aggregation))
+
+
+def llm_pruner_mixed(stats: Statistics, *, aggregation: str = "sum") -> Scores:
+    """LLM-Pruner's ``--taylor param_mix``: |mean of s - mean of s^2 / 2| over sequences, summed over the weights.
+
+    ``element`` of mixed order on coupled statistics.
+    """
+    return _named("llm_pruner_mixed", element(stats, order="mixed", coupled=True, aggregation=aggregation))
+
+
+def llm_pruner_vector(stats: Statistics, *, aggregation: str = "sum") -> Scores:
+    """LLM-Pruner's ``--taylor vectorize``: |mean over sequences of a| of every row or column, summed over the unit.
+
+    ``vector`` on coupled statistics.
+    """
+    return _named("llm_pruner_vector", vector(stats, coupled=True, aggregation=aggregation))
+
+
 CRITERIA: dict[str, Criterion] = {
     "saap": saap,
     "vector": vector,
@@ -110,12 +146,18 @@ CRITERIA: dict[str, Criterion] = {
     "wanda_sp": baselines.wanda_sp,
     "activation": baselines.activation,
     "block_influence": baselines.block_influence,
+    "llm_pruner": llm_pruner,
+    "llm_pruner_second": llm_pruner_second,
+    "llm_pruner_mixed": llm_pruner_mixed,
+    "llm_pruner_vector": llm_pruner_vector,
     "magnitude": baselines.magnitude,
     "random": baselines.random,
 }
 
 
-PER_SEQUENCE = ("saap", "vector", "element", "mask_gradient")  # their importances fluctuate over sequences
+# their importances fluctuate over sequences
+PER_SEQUENCE = ("saap", "vector", "element", "mask_gradient", "llm_pruner_second")
+NEED_COUPLED = ("llm_pruner", "llm_pruner_mixed", "llm_pruner_vector")
 
 
 def check_criterion(criterion: str | Criterion, method: str = "global") -> None:
@@ -128,6 +170,22 @@ def check_criterion(criterion: str | Criterion, method: str = "global") -> None:
         raise ValueError(
             f"method 'fluctuation' needs a criterion with an importance per sequence, {criterion} has none"
         )
+
+
+def needs_coupled(*criteria: str | Criterion) -> bool:
+    """Whether a named one of ``criteria`` reads coupled statistics (``calibrate(coupled=True)``)."""
+    return any(isinstance(criterion, str) and criterion in NEED_COUPLED for criterion in criteria)
+
+
+def check_statistics(stats: Statistics, *criteria: str | Criterion) -> None:
+    """Raise ValueError when a named one of ``criteria`` reads coupled statistics and ``stats`` have none."""
+    for criterion in criteria:
+        if needs_coupled(criterion) and not stats.coupled:
+            raise ValueError(f"criterion {criterion!r}: {NO_COUPLED}")
+
+
+def _named(name: str, scores: Scores) -> Scores:
+    return replace(scores, settings=scores.settings | {"criterion": name})
 
 
 def _scores(
@@ -178,7 +236,7 @@ def _coupled(stats: Statistics, kind: str) -> list[Tensor]:
     """[(M, U)] per module of one kind of coupled salience."""
     found = [stats.modules[name].coupled for name in MODULES]
     if any(value is None for value in found):
-        raise ValueError("expected statistics with coupled salience, got none; collect them with coupled=True")
+        raise ValueError(NO_COUPLED)
     return [value[COUPLED.index(kind)] for value in found if value is not None]
 
 

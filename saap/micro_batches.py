@@ -14,6 +14,11 @@ CPU_BATCH_TOKENS = 512  # small beside the weights; larger micro-batches are no 
 ENOUGH_BATCH_TOKENS = 4096  # occupy a GPU; below them recomputing blocks to fit more tokens pays
 FILL = 0.6  # of a GPU's free memory; the rest is for workspaces, logits and what the estimate misses
 
+ONE_PASS_HELP = (
+    "fewer samples (--samples), shorter ones (--seq-len), checkpointing (--checkpoint on) or streaming (--stream on) "
+    "take less; a smaller --batch-size is no way out"
+)
+
 
 class Fit(NamedTuple):
     """Sequences per micro-batch, whether blocks are recomputed in the backward pass, and what autograd then keeps."""
@@ -33,14 +38,18 @@ def fit_micro_batches(
     batch_size: int | str = "auto",
     checkpoint: bool | str = "auto",
     streamed_bytes: int | None = None,
+    one_pass: bool = False,
 ) -> Fit:
     """How ``samples`` sequences of ``seq_len`` tokens are cut for a device, by estimates of ``saap.memory``.
 
     Given values stay. "auto" is ``CPU_BATCH_TOKENS`` tokens on a CPU, and as many as fit in a GPU: without
     recomputation if all sequences, or ``ENOUGH_BATCH_TOKENS`` tokens, fit so; a power of two unless all fit, so
     that a little more or less free memory changes no rounding. ``streamed_bytes``, when blocks are streamed, is
-    what their weights will take; then only one block's activations are on the device.
+    what their weights will take; then only one block's activations are on the device. With ``one_pass`` all are one
+    micro-batch: ValueError when even recomputation leaves no room for its activations.
     """
+    if one_pass:
+        batch_size = samples
     on_gpu, automatic = device.type == "cuda", batch_size == "auto"
     room = (FILL if on_gpu else 0.5) * (available_bytes(device) - (streamed_bytes or 0))
 
@@ -66,21 +75,34 @@ def fit_micro_batches(
         recompute = too_few or kept(batch, recompute=False) > room
         if recompute and automatic:
             batch = largest(recompute)
+    if one_pass:
+        _check_room(kept(batch, recompute), available_bytes(device) - (streamed_bytes or 0), samples, seq_len)
     return Fit(batch, recompute, kept(batch, recompute))
+
+
+def _check_room(wanted: int, free: int, samples: int, seq_len: int) -> None:
+    if wanted > free:
+        raise ValueError(
+            f"coupled statistics take all {samples} samples of {seq_len} tokens in one backward pass: about "
+            f"{wanted / 2**30:.1f} GiB of activations, {max(free, 0) / 2**30:.1f} GiB are free; {ONE_PASS_HELP}"
+        )
 
 
 def in_micro_batches(total: int, batch: int, step: Callable[[slice], object], *, fixed: bool = False) -> int:
     """Call ``step`` for slices of ``batch`` of ``total`` sequences; returns the size that was reached.
 
     A step that runs out of device memory is repeated with half as many sequences, with a warning, unless
-    ``fixed`` or at one sequence: then torch.OutOfMemoryError goes through.
+    ``fixed`` or at one sequence: then torch.OutOfMemoryError goes through, for ``fixed`` saying what helps.
     """
     done = 0
     while done < total:
         try:
             step(slice(done, min(done + batch, total)))
-        except torch.OutOfMemoryError:
-            if batch == 1 or fixed:
+        except torch.OutOfMemoryError as error:
+            if fixed:
+                said = f"out of memory: {total} sequences must go through one backward pass; {ONE_PASS_HELP} ({error})"
+                raise torch.OutOfMemoryError(said) from error
+            if batch == 1:
                 raise
         else:
             done += batch

@@ -1,5 +1,7 @@
 """What ``saap prune`` does: one calibration, then one pruned model per ratio."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,15 +14,17 @@ from saap.calibrate import calibrate
 from saap.checkpoint import refuse_existing, save
 from saap.compact import PLAN_ATTRIBUTE, compact
 from saap.compensate import check_compensate, compensation, refuse_experts
-from saap.criteria import check_criterion
+from saap.criteria import check_criterion, check_statistics, needs_coupled
 from saap.data import check_tokenizer, load_documents
 from saap.evaluate import Evaluation, evaluate
 from saap.evaluate_baselines import evaluate_baselines
+from saap.micro_batches import Progress
 from saap.plan import Plan
 from saap.report import REPORT_FILE, report_into, shown_name
 from saap.results import Result
 from saap.scores import Scores
 from saap.search import check_ratio
+from saap.stages import Stages
 from saap.statistics import Statistics
 from saap.steps import COMPENSATION_OPTIONS, Recipe, prune_in_steps
 from saap.stopwatch import Stopwatch
@@ -85,9 +89,10 @@ class Job:
     def check_files(self) -> None:
         """Everything that can be refused without loading the model."""
         method = self.search_options.get("method", "global")
-        for criterion in (self.criterion, *self.baselines):
+        for criterion in self.criteria:
             check_criterion(criterion, method)
-        self.recipe()
+            recipe = replace(self.recipe(), criterion=criterion)
+            recipe.check_coupled(given=self.statistics_file is not None or self.plan_file is not None)
         check_compensate(self.compensate, self.data, self.compensation_inputs)
         if self.plan_file is not None and (self.statistics_file or self.save_statistics):
             raise ValueError("a --plan needs no statistics: give it without --statistics and --save-statistics")
@@ -107,11 +112,23 @@ class Job:
             refuse_existing_file(self.save_statistics, self.force)
         if self.plan_file is not None:
             Plan.load(self.plan_file)
+        if self.statistics_file is not None:
+            check_statistics(Statistics.load(self.statistics_file), *self.criteria)
         measured = self.plan_file is not None or self.statistics_file is not None
         if self.compensate != "none" or self.steps > 1 or not measured:
             load_documents(self.data)
         if self.eval_text is not None:
             load_documents(self.eval_text)
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """All that the statistics must serve."""
+        return (self.criterion, *self.baselines)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the dense model's statistics are measured here, coupled ones among them."""
+        return self.statistics_file is None and self.plan_file is None and needs_coupled(*self.criteria)
 
     def recipe(self) -> Recipe:
         """How each ratio is pruned; raises ValueError for a number of steps that is none."""
@@ -131,13 +148,18 @@ class Job:
         if self.step_samples is not None:  # enough text for all steps, or an error now
             Sequences.of(model, tokenizer, self.data, self.calibration, self.steps, self.step_samples)
         name, watch = shown_name(model.name_or_path), Stopwatch()
-        statistics = self._statistics(model, tokenizer, watch)
-        results = []
+        statistics = None if self.statistics_file is None else Statistics.load(self.statistics_file)
+        if statistics is not None:
+            statistics.check_model(units)
+        elif len(self.ratios) > 1:
+            with console.progress("calibrating", progress_unit(self.calibration.get("stream"))) as bar:
+                statistics = self._measure(model, tokenizer, watch, bar)
+        results, scores = [], None
         dense: PreTrainedModel | Evaluation | None = model if self.eval_text is not None else None
         for key, target in self.targets().items():
             last = key == list(self.targets())[-1] and dense is None
             mine = Stopwatch(watch.seconds)  # what the ratios share, then this one's stages
-            pruned, scores = self._prune(model, tokenizer, key, statistics, mine, copy=not last)
+            pruned, scores, statistics = self._prune(model, tokenizer, key, statistics, scores, mine, copy=not last)
             result = Result(target, getattr(pruned, PLAN_ATTRIBUTE), pruned.num_parameters(), None)
             if self.eval_text is not None:
                 with console.progress(f"evaluating {target.name}", "windows") as bar, mine("evaluate"):
@@ -171,56 +193,63 @@ class Job:
         if failure is not None:
             console.screen.print(f"the model is saved without its report: {failure}", markup=False, soft_wrap=True)
 
-    def _unit(self) -> str:
-        """What the progress of ``_prune`` counts."""
-        if self.steps > 1:
-            return "thousandths of a stage"
-        return "sequences x blocks" if self.compensate != "none" else progress_unit(self.calibration.get("stream"))
+    @contextmanager
+    def _bar(self, key: float | None, given: bool) -> Iterator[Stages]:
+        """One bar for all stages of one ratio, or of the plan file (None)."""
+        recipe, name = self.recipe(), f"{self.targets()[key].name}, " if len(self.ratios) > 1 else ""
+        kinds = recipe.kinds if key is not None else tuple(kind for kind in recipe.kinds if kind != "score")
+        stages = Stages(recipe.steps, kinds, given or key is None)
+        unit = (
+            "sequences x blocks"
+            if (1, "compensate") in stages.stages
+            else progress_unit(self.calibration.get("stream"))
+        )
+        with console.progress(f"{name}pruning", unit if len(stages.stages) <= 1 else None) as bar:
+            stages.progress, stages.title = bar, lambda title: bar.say(name + title)
+            yield stages
 
-    def _statistics(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, watch: Stopwatch
-    ) -> Statistics | None:
-        """Those of the dense model, which all ratios share; None when a plan is applied."""
-        if self.plan_file is not None:
-            return None
-        if self.statistics_file is not None:
-            statistics = Statistics.load(self.statistics_file)
-        else:
-            unit = progress_unit(self.calibration.get("stream"))
-            with console.progress("calibrating", unit) as bar, watch("calibrate"):
-                statistics = calibrate(model, tokenizer, self.data, **self.calibration, progress=bar)
-            if self.save_statistics is not None:
-                statistics.save(self.save_statistics)
-        statistics.check_model(discover(model))
+    def _measure(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, watch: Stopwatch,
+        progress: Progress | None,
+    ) -> Statistics:  # fmt: skip
+        """Statistics of the dense model, which all ratios share."""
+        options = self.calibration | {"coupled": self.coupled}
+        with watch("calibrate"):
+            statistics = calibrate(model, tokenizer, self.data, **options, progress=progress)
+        if self.save_statistics is not None:
+            statistics.save(self.save_statistics)
         return statistics
 
     def _prune(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, ratio: float | None,
-        statistics: Statistics | None, watch: Stopwatch, *, copy: bool,
-    ) -> tuple[PreTrainedModel, Scores | None]:  # fmt: skip
-        """The model pruned by one ratio, or by the plan file (None), and the scores that it went by."""
-        with console.progress("pruning", self._unit()) as bar:
-            if ratio is not None:
-                done = prune_in_steps(
-                    model, tokenizer, self.data, ratio, self.recipe(),
-                    statistics=statistics, copy=copy, watch=watch, progress=bar,
-                )  # fmt: skip
-                return done.model, done.scores
-            assert self.plan_file is not None  # a job has ratios or a plan
-            plan, found = Plan.load(self.plan_file), None
-            plan.check_model(discover(model))
-            if self.compensate != "none":
-                options = {name: self.calibration[name] for name in COMPENSATION_OPTIONS}
-                with watch("compensate"):
-                    found = compensation(
-                        model,
-                        plan,
-                        tokenizer,
-                        self.data,
-                        method=self.compensate,
-                        inputs=self.compensation_inputs,
-                        **options,
-                        progress=bar,
-                    )
-            with watch("compact"):
-                return compact(model, plan, found, copy=copy), None
+        statistics: Statistics | None, scores: Scores | None, watch: Stopwatch, *, copy: bool,
+    ) -> tuple[PreTrainedModel, Scores | None, Statistics | None]:  # fmt: skip
+        """The model pruned by one ratio, or by the plan file (None), and the scores and statistics of all ratios."""
+        with self._bar(ratio, given=statistics is not None) as stages:
+            if ratio is None:
+                return self._apply(model, tokenizer, watch, stages, copy=copy), None, None
+            if statistics is None:
+                statistics = self._measure(model, tokenizer, watch, stages.of(1, "calibrate"))
+            done = prune_in_steps(
+                model, tokenizer, self.data, ratio, self.recipe(),
+                statistics=statistics, scores=scores, copy=copy, watch=watch, progress=stages,
+            )  # fmt: skip
+            return done.model, done.scores, statistics
+
+    def _apply(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, watch: Stopwatch, stages: Stages,
+        *, copy: bool,
+    ) -> PreTrainedModel:  # fmt: skip
+        """The model pruned by the plan file."""
+        assert self.plan_file is not None  # a job has ratios or a plan
+        plan, found = Plan.load(self.plan_file), None
+        plan.check_model(discover(model))
+        if self.compensate != "none":
+            options = {name: self.calibration[name] for name in COMPENSATION_OPTIONS}
+            options |= {"method": self.compensate, "inputs": self.compensation_inputs}
+            with watch("compensate"):
+                counted = stages.of(1, "compensate")
+                found = compensation(model, plan, tokenizer, self.data, **options, progress=counted)
+        stages.say(1, "prune")
+        with watch("compact"):
+            return compact(model, plan, found, copy=copy)

@@ -30,6 +30,7 @@ def preview(job: Job, model: PreTrainedModel) -> dict[str, Any]:
     fit = fit_micro_batches(
         units, options["samples"], options["seq_len"], dtype, device,
         batch_size=options["batch_size"], checkpoint=options["checkpoint"], streamed_bytes=streamed,
+        one_pass=job.coupled,
     )  # fmt: skip
     return {
         "family": units.family,

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap.compensate import check_compensate, refuse_experts
-from saap.criteria import Criterion, check_criterion
+from saap.criteria import Criterion, check_criterion, check_statistics
 from saap.data import pack_for
 from saap.evaluate import Evaluation, evaluate
 from saap.micro_batches import Progress
@@ -95,11 +95,13 @@ def prune(
     check_compensate(compensate, data, compensation_inputs)
     refuse_experts(units, compensate, compensation_inputs)
     check_criterion(criterion, method)
+    recipe.check_coupled(given=statistics is not None)
     check_ratio(units, ratio, **recipe.search)
     if steps > 1 and data is None:
         raise ValueError(f"steps={steps} calibrates again after every step: expected data, got none")
     if statistics is not None:
         statistics.check_model(units)
+        check_statistics(statistics, criterion)
     if isinstance(data, Iterator):
         data = list(data)  # read more than once
     if isinstance(eval_text, Iterator):

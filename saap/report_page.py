@@ -5,7 +5,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from saap.axes import number
-from saap.charts import SHADES, WIDTH, bars, heat_map, scatter
+from saap.charts import LEFT, SHADES, WIDTH, bars, heat_map, scatter
 from saap.report_data import Report
 
 
@@ -21,7 +21,7 @@ def render(report: Report) -> str:
     environment.filters |= {
         "amount": amount, "change": change, "share": share, "setting": setting, "seconds": seconds, "words": words,
     }  # fmt: skip
-    environment.globals |= {"chart_width": WIDTH, "shade_count": SHADES}
+    environment.globals |= {"chart_width": WIDTH, "chart_left": LEFT, "shade_count": SHADES}
     page = environment.get_template("report.html.j2").render(report=report, charts=_charts(report))
     return page.encode("utf-8", "replace").decode("utf-8")
 

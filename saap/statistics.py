@@ -146,6 +146,11 @@ class Statistics:
     def sequences(self) -> int:
         return self.modules["mlp"].salience.count
 
+    @property
+    def coupled(self) -> bool:
+        """Whether LLM-Pruner's coupled salience was measured too."""
+        return all(module.coupled is not None for module in self.modules.values())
+
     def merge(self, other: "Statistics") -> "Statistics":
         """Statistics of both calibration sets together.
 

@@ -1,21 +1,21 @@
 """Pruning in one or several steps: calibrate, score, search, compensate, compact, and again on what is left."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saap.calibrate import calibrate
+from saap.calibrate import calibrate, check_coupled
 from saap.compact import PLAN_ATTRIBUTE, compact
 from saap.compensate import Compensation, compensation
 from saap.compensated_scores import compensated_scores
-from saap.criteria import Criterion, score
+from saap.criteria import Criterion, needs_coupled, score
 from saap.micro_batches import Progress
 from saap.plan import Plan
 from saap.resources import named_resource
 from saap.scores import Scores
 from saap.search import search
+from saap.stages import Stages
 from saap.statistics import Statistics
 from saap.stopwatch import Stopwatch
 from saap.units import Units, discover
@@ -59,8 +59,28 @@ class Recipe:
             raise ValueError(f"step_samples must be a positive integer; got {self.step_samples!r}")
         if self.steps == 1:
             raise ValueError("step_samples is for the steps after the first: expected steps above 1, got 1")
-        if self.calibration.get("coupled"):
-            raise ValueError("step_samples adds to the statistics before, which coupled ones do not allow")
+        if self.coupled:
+            raise ValueError(
+                "step_samples adds to the statistics before, which coupled ones do not allow; criterion "
+                f"{self.criterion!r} with steps measures all samples again after each, without step_samples"
+            )
+
+    @property
+    def coupled(self) -> bool:
+        """Whether calibration measures coupled statistics: asked to, or because the criterion reads them."""
+        return bool(self.calibration.get("coupled")) or needs_coupled(self.criterion)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The stages of a step that take long."""
+        scores = ("score",) if self.scores_compensated else ()
+        return ("calibrate", *scores, *(() if self.compensate == "none" else ("compensate",)))
+
+    def check_coupled(self, given: bool) -> None:
+        """Raise ValueError when coupled statistics cannot be measured as asked; ``given`` serve the first step."""
+        if self.coupled and (self.steps > 1 or not given):
+            samples = self.calibration.get("samples", 128)
+            check_coupled(samples, self.calibration.get("batch_size", "auto"))
 
     @property
     def scores_compensated(self) -> bool:
@@ -100,24 +120,28 @@ def prune_in_steps(
     recipe: Recipe,
     *,
     statistics: Statistics | None = None,
+    scores: Scores | None = None,
     copy: bool = False,
     watch: Stopwatch | None = None,
-    progress: Progress | None = None,
+    progress: Progress | Stages | None = None,
 ) -> Stepped:
     """Remove ``ratio`` in equal steps, in place or from a ``copy``; every step after the first calibrates anew.
 
     After step s of n the model has at most 1 - ratio * s / n of the dense one's resource left; a step for which
-    the steps before removed enough is left out. ``statistics``, if given, serve the first step.
+    the steps before removed enough is left out. ``statistics``, if given, serve the first step, and so do ``scores``
+    beside them, of an earlier call with another ratio.
     ``progress(done, total)`` counts a stage's own work where there is only one, otherwise thousandths of all
-    calibrations and compensations. What the arguments must be is up to the functions they go to, whose errors come
-    through before the model is changed for the first time.
+    stages that take long; ``Stages`` of this recipe go on where they are. What the arguments must be is up
+    to the functions they go to, whose errors come through before the model is changed for the first time.
     """
+    recipe.check_coupled(given=statistics is not None)
     units, watch = discover(model), watch or Stopwatch()
     sequences, left = None, None
     if recipe.step_samples is not None:
         known = 0 if statistics is None else statistics.sequences
         sequences = Sequences.of(model, tokenizer, data, recipe.calibration, recipe.steps, recipe.step_samples, known)
-    stages = Stages(progress, recipe, given=statistics is not None)
+    given = statistics is not None
+    stages = progress if isinstance(progress, Stages) else Stages(recipe.steps, recipe.kinds, given, progress)
     done: Stepped | None = None
     for step in range(1, recipe.steps + 1):
         share = _share(units, ratio, step, recipe)
@@ -127,18 +151,21 @@ def prune_in_steps(
             with watch("calibrate"):
                 counted = stages.of(step, "calibrate")
                 statistics = _calibrated(model, tokenizer, data, recipe, sequences, step, left, counted)
+        stages.say(step, "prune")
         statistics.check_model(discover(model))
-        with watch("score"):
-            scores = recipe.scores(statistics, model, tokenizer, data, stages.of(step, "score"))
+        if scores is None:
+            with watch("score"):
+                counted = stages.of(step, "score") if recipe.scores_compensated else None
+                scores = recipe.scores(statistics, model, tokenizer, data, counted)
         with watch("search"):
             plan = search(scores, **share, **recipe.search)
-        found = _compensated(model, tokenizer, data, plan, recipe, watch, stages.of(step, "compensate"))
+        found = _compensated(model, tokenizer, data, plan, recipe, watch, stages, step)
         with watch("compact"):
             model = compact(model, plan, found, copy=copy and step == 1)
         left = None if sequences is None else left_after(statistics, plan, discover(model))
         plan = getattr(model, PLAN_ATTRIBUTE)  # with the settings of its compensation
         done = Stepped(model, plan, statistics, scores) if done is None else _followed(done, plan)
-        statistics = None
+        statistics = scores = None
     stages.end()
     assert done is not None  # there is a step at least
     if recipe.steps > 1:
@@ -155,7 +182,8 @@ def _calibrated(
 ) -> Statistics:  # fmt: skip
     """Statistics of a step: from nothing, or what is ``left`` of the ones before and new sequences."""
     if sequences is None:
-        return calibrate(model, tokenizer, data, **recipe.calibration, progress=progress)
+        options = recipe.calibration | {"coupled": recipe.coupled}
+        return calibrate(model, tokenizer, data, **options, progress=progress)
     ids = sequences.of_step(step)
     options = recipe.calibration | {"samples": len(ids), "seq_len": ids.shape[1]}
     found = calibrate(model, None, ids, **options, progress=progress)
@@ -164,13 +192,15 @@ def _calibrated(
 
 def _compensated(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, data: Any, plan: Plan, recipe: Recipe,
-    watch: Stopwatch, progress: Progress | None,
+    watch: Stopwatch, stages: Stages, step: int,
 ) -> Compensation | None:  # fmt: skip
     if recipe.compensate == "none":
         return None
     options = recipe.text_options | {"method": recipe.compensate, "inputs": recipe.compensation_inputs}
     with watch("compensate"):
-        return compensation(model, plan, tokenizer, data, **options, progress=progress)
+        found = compensation(model, plan, tokenizer, data, **options, progress=stages.of(step, "compensate"))
+    stages.say(step, "prune")
+    return found
 
 
 def _followed(done: Stepped, plan: Plan) -> Stepped:
@@ -191,29 +221,3 @@ def _reached(model: PreTrainedModel, share: dict[str, Any], recipe: Recipe) -> b
     resource = named_resource(recipe.search.get("resource", "parameters"))
     left = resource.whole(discover(model), recipe.search.get("ratio_of", "model"))
     return left <= share["budget"] * (1 + 1e-12)
-
-
-class Stages:
-    """The progress of each stage of each step as its share of that of all; the stage's own if there is only one."""
-
-    def __init__(self, progress: Progress | None, recipe: Recipe, *, given: bool) -> None:
-        self.progress = progress
-        kinds = ["calibrate"]
-        kinds += ["score"] if recipe.scores_compensated else []
-        kinds += ["compensate"] if recipe.compensate != "none" else []
-        every = [(step, kind) for step in range(1, recipe.steps + 1) for kind in kinds]
-        self.stages = every[1:] if given else every
-
-    def of(self, step: int, kind: str) -> Progress | None:
-        if self.progress is None or len(self.stages) == 1 or (step, kind) not in self.stages:
-            return self.progress
-        return partial(self._report, self.stages.index((step, kind)))
-
-    def _report(self, stage: int, done: int, total: int) -> None:
-        assert self.progress is not None  # or nothing would be reported
-        self.progress(int(1000 * (stage + done / total)), 1000 * len(self.stages))
-
-    def end(self) -> None:
-        """All is done, stages that were not needed included."""
-        if self.progress is not None and len(self.stages) > 1:
-            self.progress(1000 * len(self.stages), 1000 * len(self.stages))

@@ -267,3 +267,14 @@ def test_without_lm_eval_the_command_says_how_to_get_it(tmp_path, no_cell, monke
     with pytest.raises(SystemExit):
         protocol_7b.main(command(tmp_path))
     assert 'the zero-shot tasks need lm_eval: pip install "saap[eval]"' in capsys.readouterr().err
+
+
+def test_criteria_that_read_coupled_statistics_have_their_own(done, tmp_path) -> None:
+    args = protocol_7b.arguments([*command(done), "--criteria", "llm_pruner", "--out", str(tmp_path / "out")])
+    models = protocol_7b.parse_models(args.models)
+    settings, (_, cell) = protocol_7b.settings_of(args), protocol_7b.grid(models, (0.2,), args)
+    inputs = protocol_7b.read_inputs(models, (0.2,), settings)
+    protocol_cells._prune(cell, settings, inputs, AutoTokenizer.from_pretrained(SMALL_MODEL), tmp_path / "out")
+    assert {file.name for file in cell.stem(tmp_path / "out").parent.iterdir()} == {
+        "coupled-statistics.safetensors", "llm_pruner-0.2", "llm_pruner-0.2.plan.json",
+    }  # fmt: skip

@@ -7,6 +7,7 @@ import typer
 
 from saap import console, pipeline
 from saap.calibrate import calibrate as measure_statistics
+from saap.calibrate import check_coupled
 from saap.cli.options import (
     SWITCH,
     AsJson,
@@ -43,6 +44,14 @@ def calibrate(
     stream_folder: StreamFolder = None,
     backend: Backend = None,
     seed: Seed = 0,
+    coupled: Annotated[
+        bool,
+        typer.Option(
+            "--coupled",
+            help="Also measure what llm_pruner, llm_pruner_mixed and llm_pruner_vector read: one backward pass over "
+            "all samples, in one process; takes more memory.",
+        ),
+    ] = False,
     dtype: Dtype = None,
     force: Force = False,
     as_json: AsJson = False,
@@ -57,8 +66,10 @@ def calibrate(
     console.quiet_libraries()
     with console.user_errors(debug), process_group() as rank:
         pipeline.refuse_existing_file(out, force)
+        options = calibration_options(samples, seq_len, batch_size, checkpoint, backend, seed) | {"coupled": coupled}
+        if coupled:
+            check_coupled(samples, options["batch_size"])
         load_documents(data)
-        options = calibration_options(samples, seq_len, batch_size, checkpoint, backend, seed)
         with console.screen.status("loading the model"):
             loaded, streaming = open_for_calibration(model, dtype, SWITCH[stream], stream_folder)
             tokenizer = open_tokenizer(model)

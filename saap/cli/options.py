@@ -15,7 +15,13 @@ Data = Annotated[str | None, typer.Option(help=f"Calibration text. {FORMS}")]
 Ratio = Annotated[
     str | None, typer.Option(help="Share of the parameters to remove, in (0, 1); 0.1,0.2,0.3 is a sweep.")
 ]
-Criterion = Annotated[str, typer.Option(help=f"How units are scored: {', '.join(CRITERIA)}.")]
+Criterion = Annotated[
+    str,
+    typer.Option(
+        help=f"How units are scored: {', '.join(CRITERIA)}. llm_pruner and its _second, _mixed and _vector are "
+        "LLM-Pruner's --taylor param_first, param_second, param_mix and vectorize."
+    ),
+]
 Method = Annotated[
     Literal["global", "standardised", "fluctuation", "uniform"],
     typer.Option(

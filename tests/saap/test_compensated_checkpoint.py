@@ -124,13 +124,17 @@ def test_prune_refuses_a_compensation_without_text_or_of_another_name() -> None:
         saap.prune(model, tiny_tokenizer(), TEXT, ratio=0.2, statistics=statistics, compensate="flap")
 
 
-def test_the_command_compensates_each_model_of_a_sweep(workplace, tmp_path) -> None:  # noqa: F811
+def test_the_command_compensates_each_model_of_a_sweep(workplace, tmp_path, monkeypatch) -> None:  # noqa: F811
+    calls = []
+    counted = lambda *args, **kwargs: calls.append(1) or saap.compensated_scores(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr("saap.steps.compensated_scores", counted)
     done = prune(workplace, "--ratio", "0.1,0.3", "--out", tmp_path / "out", "--compensate", "least_squares", "--json")
     outputs = json.loads(done.stdout)["outputs"]
     assert len(outputs) == 2
     for output in outputs:
         plan = json.loads((tmp_path / "out" / output["out"].rpartition("/")[2] / "saap_plan.json").read_text())
         assert plan["settings"]["compensate"] == "least_squares"
+    assert len(calls) == 1  # both ratios go by one pass
     from_plan = ("--plan", tmp_path / "out/ratio-0.3/saap_plan.json", "--out", tmp_path / "again")
     run("prune", workplace / "dense", *from_plan, "--data", workplace / "text.txt", *CALIBRATION,
         "--compensate", "least_squares")  # fmt: skip

@@ -191,7 +191,7 @@ def test_bad_options_are_named(criterion: str, options: dict, message: str) -> N
 
 
 def test_every_criterion_is_deterministic_and_documented() -> None:
-    statistics = measure(tiny_model("qwen2"), [token_ids()])
+    statistics = measure(tiny_model("qwen2"), [token_ids()], coupled=True)
     for name, function in CRITERIA.items():
         assert function.__doc__ and function.__doc__.splitlines()[0].endswith((".", ")", ":"))
         assert_close(score(statistics, name), score(statistics, name), rtol=0)
