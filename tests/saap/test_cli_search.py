@@ -55,6 +55,15 @@ def test_a_latency_table_is_of_this_machine_unless_said_otherwise(statistics, tm
     plan(statistics, tmp_path / "c.json", *options, tmp_path / "other.json", "--latency-device", "any")
 
 
+def test_a_table_of_another_dtype_than_the_model_is_said_before_any_work(workplace, tmp_path) -> None:  # noqa: F811
+    units = saap.discover(saap.load(workplace / "dense"))
+    make_table(units, device=device_name(), dtype="float16").save(tmp_path / "table.json")
+    options = ("--resource", "latency", "--latency-table", tmp_path / "table.json", "--out", tmp_path / "out")
+    for more in ((), ("--dry-run",)):
+        with pytest.warns(UserWarning, match="measured in float16, the model is in float32"):
+            prune(workplace, "--ratio", 0.2, *options, *more, "--force")
+
+
 def test_steps_and_compensation_prune_to_the_ratio(workplace, tmp_path) -> None:  # noqa: F811
     prune(workplace, "--ratio", 0.3, "--steps", 2, "--compensate", "least_squares", "--out", tmp_path / "out")
     made = saap.Plan.load(tmp_path / "out/saap_plan.json")
