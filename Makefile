@@ -54,7 +54,7 @@ test: $(STAMP)
 # What the first environment installed and built is found through it; pip adds what the other transformers needs anew.
 $(OTHER_STAMP): $(STAMP)
 	rm -rf $(OTHER_VENV)
-	$(RUN) -m venv $(OTHER_VENV)
+	$(RUN) -m venv --without-pip $(OTHER_VENV)
 	echo "import site; site.addsitedir('$$($(RUN) $(SITE_PACKAGES))')" > $$($(OTHER_RUN) $(SITE_PACKAGES))/first.pth
 	$(OTHER_RUN) -m pip install --quiet "$(OTHER_TRANSFORMERS)"
 	$(OTHER_RUN) -c 'import transformers as t; assert "transformers==" + t.__version__ == "$(OTHER_TRANSFORMERS)", t.__file__'
