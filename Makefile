@@ -4,6 +4,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 TRANSFORMERS ?= transformers==5.17.0
+# The other transformers that is supported, in an environment that lies over the first: it holds nothing else.
+OTHER_TRANSFORMERS ?= transformers==5.23.0
+OTHER_VENV ?= $(VENV)-other
 # The CPU build of torch brings no Triton; its compiler checks the GPU kernels in the tests.
 TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
 # The targets gpu-*: torch and transformers come with GPU_PYTHON; nothing is installed. MINUTES bounds the benchmarks.
@@ -17,13 +20,17 @@ ONLY ?=
 RESUME ?=
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(subst /,-,$(TORCH))-$(subst /,-,$(TRANSFORMERS))
+OTHER_RUN := $(OTHER_VENV)/bin/python
+OTHER_STAMP := $(OTHER_VENV)/.installed-$(OTHER_TRANSFORMERS)
+SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint format bench gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
+.PHONY: help demo test test-transformers lint format bench gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
 
 help:
 	@echo "make demo    prune the shipped model and compare it with baselines"
 	@echo "make test    all tests that need no GPU"
+	@echo "make test-transformers  those that depend on transformers, on the other supported version ($(OTHER_TRANSFORMERS))"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   all benchmarks"
 	@echo "make gpu     build with CUDA; then gpu-test, gpu-bench and gpu-sanitize, each alone too; fails if one fails"
@@ -43,6 +50,18 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(RUN) -m pytest -q -m "not gpu" --durations=10
+
+# What the first environment installed and built is found through it; pip adds what the other transformers needs anew.
+$(OTHER_STAMP): $(STAMP)
+	rm -rf $(OTHER_VENV)
+	$(RUN) -m venv --without-pip $(OTHER_VENV)
+	echo "import site; site.addsitedir('$$($(RUN) $(SITE_PACKAGES))')" > $$($(OTHER_RUN) $(SITE_PACKAGES))/first.pth
+	$(OTHER_RUN) -m pip install --quiet "$(OTHER_TRANSFORMERS)"
+	$(OTHER_RUN) -c 'import transformers as t; assert "transformers==" + t.__version__ == "$(OTHER_TRANSFORMERS)", t.__file__'
+	@touch $@
+
+test-transformers: $(OTHER_STAMP)
+	$(OTHER_RUN) -m pytest -q -m "not gpu" --durations=10 tests/saap tests/test_examples.py
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
@@ -75,4 +94,4 @@ gpu: gpu-build
 	done; if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info saap_kernels/_C*.so .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(OTHER_VENV) build dist *.egg-info saap_kernels/_C*.so .mypy_cache .pytest_cache .ruff_cache .benchmarks

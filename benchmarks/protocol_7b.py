@@ -20,11 +20,10 @@ from typing import Any
 from benchmarks.protocol_cells import Cell, Inputs, Settings, free_memory, run_cell
 from benchmarks.protocol_models import KNOWN, Model, check_model, needs, parse_models, tokenizer_of
 from benchmarks.protocol_table import numbers_of, read_results, write_table
-from benchmarks.protocol_texts import TEXTS, check_text, describe, joined, load_text, parse_texts
+from benchmarks.protocol_texts import TEXTS, check_text, describe, joined, load_text, parse_texts, token_ids
 from benchmarks.zero_shot import TASKS, check_tasks
 from saap.console import quiet_libraries
 from saap.criteria import CRITERIA
-from saap.data import encode
 from saap.pipeline import parse_ratios
 from saap.plan import write_atomically
 from saap.search import METHODS
@@ -125,7 +124,7 @@ def read_inputs(models: list[Model], ratios: tuple[float, ...], settings: Settin
         check_model(model, ratios, settings.method, (*settings.seq_lens, settings.seq_len))
         tokenizer = tokenizer_of(model)
         for name, text in inputs.texts.items():
-            tokens = len(encode(tokenizer, text))
+            tokens = len(token_ids(tokenizer, text))
             if tokens < longest:
                 raise ValueError(f"--perplexity-data: {name} has {tokens} tokens, fewer than one window of {longest}")
     return inputs

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import saap
 from benchmarks.common import device_name
 from benchmarks.protocol_models import Model, tokenizer_of
-from benchmarks.protocol_texts import identity
+from benchmarks.protocol_texts import identity, token_ids
 from benchmarks.zero_shot import lm_eval_version, rows_file, zero_shot
 from saap.console import progress
 from saap.criteria import CRITERIA, Criterion, needs_coupled
-from saap.data import Document, encode
+from saap.data import Document
 from saap.evaluate import perplexity
 from saap.opening import open_for_calibration, open_model
 from saap.plan import write_atomically
@@ -172,7 +172,7 @@ def _perplexities(
     """{text: {length: perplexity, windows and predicted tokens}}: the text as one stream, whole windows only."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, text in texts.items():
-        ids = encode(tokenizer, text)
+        ids = token_ids(tokenizer, text)
         for length in seq_lens:
             windows = len(ids) // length
             with progress(f"{label}: {name} at {length}", "windows") as bar:

@@ -16,8 +16,9 @@ from saap.plan import write_atomically
 MEAN = f"mean of {len(TASKS)}"
 JOINING = (
     "The rows of a text are joined by a blank line and tokenised at once, with BOS as the tokenizer adds it (once, at "
-    "the start). The stream is cut into windows of the stated length, which do not overlap; what is left at the end is "
-    "dropped. Perplexity is exp of the mean loss over all predicted tokens."
+    "the start) and `<unk>` spelt like any other text: read as LLaMA's unknown token it would multiply PTB's "
+    "perplexity. The stream is cut into windows of the stated length, which do not overlap; what is left at the end "
+    "is dropped. Perplexity is exp of the mean loss over all predicted tokens."
 )
 QUOTING = (
     "*Quoted* rows are copied as their authors published them, under their own calibration, code and version of "
@@ -49,8 +50,9 @@ SOURCES = {
 }
 
 
-def _llama(removed: str, method: str, source: str, perplexity: str, mean: str) -> Quoted:
-    return Quoted("LLaMA-7B", removed, method, source, {"wikitext2 128": perplexity, MEAN: mean})
+def _llama(removed: str, method: str, source: str, perplexity: str, mean: str, *accuracies: str) -> Quoted:
+    tasks = dict(zip(TASKS, accuracies, strict=True)) if accuracies else {}
+    return Quoted("LLaMA-7B", removed, method, source, {"wikitext2 128": perplexity, MEAN: mean} | tasks)
 
 
 def _llama3(removed: str, method: str, *perplexities: str) -> Quoted:
@@ -59,9 +61,22 @@ def _llama3(removed: str, method: str, *perplexities: str) -> Quoted:
 
 
 QUOTED = (
-    _llama("0 %", "dense", "P", "12.62", "63.25"),
+    _llama("0 %", "dense", "P", "12.62", "63.25", "73.18", "78.35", "72.99", "67.01", "67.45", "41.38", "42.40"),
     _llama("20 %", "LLM-Pruner element, untuned", "P", "19.09", "56.69"),
-    _llama("20 %", "LLM-Pruner + LoRA", "P", "17.58", "59.23"),
+    _llama(
+        "20 %",
+        "LLM-Pruner + LoRA",
+        "P",
+        "17.58",
+        "59.23",
+        "64.62",
+        "77.20",
+        "68.80",
+        "63.14",
+        "64.31",
+        "36.77",
+        "39.80",
+    ),
     _llama("20 %", "LLM-Pruner second order + LoRA", "P", "17.37", "60.07"),
     _llama("20 %", "FLAP, untuned", "F", "14.62", "62.08"),
     _llama("20 %", "LoRAPrune, tuned", "L", "16.80", "60.05"),

@@ -7,6 +7,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
 from saap.data import Document, load_documents
 
 JOINED_BY = "\n\n"  # between the rows of a perplexity text, as GPTQ's and LLM-Pruner's evaluations join them
@@ -105,6 +109,15 @@ def joined(source: str) -> str:
     if not all(isinstance(document, str) for document in documents):
         raise ValueError(f'perplexity is measured on plain text; {source} has rows of "messages"')
     return JOINED_BY.join(document for document in documents if isinstance(document, str))
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Token ids (T,) of a perplexity text, BOS as the tokenizer adds it; ``<unk>`` and the like in it are plain text.
+
+    LLaMA's tokenizer would otherwise read PTB's ``<unk>`` as its own unknown token. Published PTB numbers of LLaMA
+    differ several-fold by this (github.com/xvyaward/owq, issue 1: 56.0, and 12.5 without special tokens in text).
+    """
+    return torch.tensor(tokenizer(text, split_special_tokens=True, verbose=False).input_ids, dtype=torch.long)
 
 
 def identity(source: str) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import warnings
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -95,20 +96,36 @@ class LatencyTable:
             for module in MODULES:
                 self.seconds(module, torch.tensor([layer.count(module)]))
 
-    def check_device(self, device: str) -> None:
-        """Raise ValueError unless the table was measured on ``device``."""
-        if device != self.device:
-            raise ValueError(f"this latency table was measured on {self.device!r}, expected {device!r}")
+    def check_device(self, device: str = "this") -> None:
+        """Raise ValueError unless measured on ``device``: "this" machine, another by its name, or "any"."""
+        here = device == "this"
+        wanted = device_name() if here else device
+        if device != "any" and wanted != self.device:
+            raise ValueError(
+                f"this latency table was measured on {self.device!r}, expected {wanted!r}"
+                f"{', this machine' if here else ''}; name the device to plan for (device=, --latency-device), or any"
+            )
+
+    def warn_of_dtype(self, dtype: torch.dtype) -> None:
+        """Warn when the table is of another dtype than a model's: its times hold for serving in the table's."""
+        name = str(dtype).removeprefix("torch.")
+        if name != self.dtype:
+            warnings.warn(
+                f"this latency table was measured in {self.dtype}, the model is in {name}: the budget holds when the "
+                f"pruned model is served in {self.dtype}",
+                stacklevel=4,  # whoever called prune
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON, atomically."""
         write_atomically(Path(path), json.dumps({"format": LATENCY_FORMAT, **asdict(self)}, indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], device: str | None = None) -> "LatencyTable":
-        """Read what ``save`` wrote; ``device``, if given, must be the one it was measured on.
+    def load(cls, path: str | os.PathLike[str], device: str = "this") -> "LatencyTable":
+        """Read what ``save`` wrote, of "this" machine unless ``device`` says otherwise.
 
-        Raises ValueError for other files and for a table of another device.
+        ``device`` is another's name, as its ``device_name()`` gave it, to plan for that one, or "any". Raises
+        ValueError for other files and for a table of another device.
         """
         try:
             body = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -122,6 +139,5 @@ class LatencyTable:
             raise ValueError(f"{path} is not valid JSON: {error}") from error
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} lacks or misshapes a field of a latency table: {error}") from error
-        if device is not None:
-            table.check_device(device)
+        table.check_device(device)
         return table

@@ -21,6 +21,7 @@ from saap.evaluate_baselines import evaluate_baselines
 from saap.micro_batches import Progress
 from saap.plan import Plan
 from saap.report import REPORT_FILE, report_into, shown_name
+from saap.resources import named_resource
 from saap.results import Result
 from saap.scores import Scores
 from saap.search import check_ratio
@@ -143,6 +144,7 @@ class Job:
         refuse_experts(units, self.compensate, self.compensation_inputs)
         for ratio in self.ratios:
             check_ratio(units, ratio, **self.search_options)
+        named_resource(self.search_options.get("resource", "parameters")).warn_of_dtype(model.dtype)
         if tokenizer is not None:
             check_tokenizer(model, tokenizer)
         if self.step_samples is not None:  # enough text for all steps, or an error now

@@ -22,6 +22,7 @@ def preview(job: Job, model: PreTrainedModel) -> dict[str, Any]:
     refuse_experts(units, job.compensate, job.compensation_inputs)
     for ratio in job.ratios:
         check_ratio(units, ratio, **job.search_options)
+    _resource(job).warn_of_dtype(model.dtype)
     options, stream = job.calibration, job.calibration.get("stream")
     device, dtype, streamed = model.device, model.dtype, None
     if isinstance(stream, Streaming):

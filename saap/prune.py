@@ -12,7 +12,7 @@ from saap.data import pack_for
 from saap.evaluate import Evaluation, evaluate
 from saap.micro_batches import Progress
 from saap.plan import Plan
-from saap.resources import Resource
+from saap.resources import Resource, named_resource
 from saap.scores import Scores
 from saap.search import check_ratio
 from saap.statistics import Statistics
@@ -97,6 +97,7 @@ def prune(
     check_criterion(criterion, method)
     recipe.check_coupled(given=statistics is not None)
     check_ratio(units, ratio, **recipe.search)
+    named_resource(resource).warn_of_dtype(model.dtype)
     if steps > 1 and data is None:
         raise ValueError(f"steps={steps} calibrates again after every step: expected data, got none")
     if statistics is not None:

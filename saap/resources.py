@@ -36,6 +36,9 @@ class Resource:
     def check(self, units: Units) -> None:
         """Raise ValueError when this resource cannot be told for the model."""
 
+    def warn_of_dtype(self, dtype: torch.dtype) -> None:
+        """Warn when what is counted holds for another dtype than the model's."""
+
     def settings(self) -> dict[str, Any]:
         """Plain values for a plan's settings."""
         return {"resource": self.unit, **asdict(self)}
@@ -97,7 +100,11 @@ class Bytes(Resource):
 
 @dataclass(frozen=True)
 class Latency(Resource):
-    """Seconds of one forward pass, interpolated in a table that was measured on a device (``saap.latency``)."""
+    """Seconds of one forward pass, interpolated in a table that was measured on a device (``saap.latency``).
+
+    The device was checked when the table was read (``LatencyTable.load``). Pruning warns when the model's dtype is
+    not the table's.
+    """
 
     table: LatencyTable
     unit: ClassVar[str] = "latency"
@@ -111,9 +118,13 @@ class Latency(Resource):
     def check(self, units: Units) -> None:
         self.table.check_units(units)
 
+    def warn_of_dtype(self, dtype: torch.dtype) -> None:
+        self.table.warn_of_dtype(dtype)
+
     def settings(self) -> dict[str, Any]:
         table = self.table
-        return {"resource": self.unit, "device": table.device, "tokens": table.tokens, "context": table.context}
+        names = ("device", "dtype", "tokens", "context")
+        return {"resource": self.unit} | {name: getattr(table, name) for name in names}
 
 
 def _check(**values: float) -> None:

@@ -1,173 +1,22 @@
-"""The 7B protocol on the shipped model: every step offline, resumed, refused, and checked against its definitions."""
+"""The 7B protocol beside its run: what is refused, what a dry run says, its table, and what it asks the hub for."""
 
+import inspect
 import json
-import math
-import os
 import socket
-import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError
-from pathlib import Path
+from urllib.parse import unquote
 
 import datasets
 import pytest
-import torch
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import protocol_7b, protocol_cells
+from benchmarks import protocol_7b
 from benchmarks import zero_shot as zero_shot_module
 from benchmarks.common import SMALL_MODEL
-from benchmarks.protocol_table import QUOTED, numbers_of, read_results, write_table
-from benchmarks.protocol_texts import HubText, joined
-from benchmarks.zero_shot import TASKS
-from saap import Plan
-
-ROOT = SMALL_MODEL.parents[1]
-LOCAL_TASKS = ROOT / "benchmarks" / "local_tasks"
-
-
-def command(folder: Path, *more: str) -> list[str]:
-    return [
-        "--models", str(SMALL_MODEL), "--ratios", "0.2", "--criteria", "saap", "--seeds", "0",
-        "--calibration", str(SMALL_MODEL / "calibration.jsonl"), "--samples", "8", "--seq-len", "128",
-        "--perplexity-data", f"prose={folder / 'prose.txt'}", f"rows={folder / 'rows.jsonl'}", "--seq-lens", "64,128",
-        "--tasks", "boolq,arc_easy", "--task-folder", str(LOCAL_TASKS), "--limit", "4",
-        "--out", str(folder / "out"), *more,
-    ]  # fmt: skip
-
-
-def write_texts(folder: Path) -> None:
-    documents = [json.loads(line)["text"] for line in (SMALL_MODEL / "report.jsonl").read_text().splitlines()[:4]]
-    (folder / "prose.txt").write_text("\n\n".join(document[:3000] for document in documents[:2]))
-    rows = [{"text": document[:3000]} for document in documents[2:]]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory) -> Path:
-    """A folder in which the command ran, in a process that may not ask the hub."""
-    folder = tmp_path_factory.mktemp("protocol")
-    write_texts(folder)
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
-    run = [sys.executable, "-m", "benchmarks.protocol_7b", *command(folder)]
-    finished = subprocess.run(run, capture_output=True, text=True, env=os.environ | offline, cwd=ROOT)
-    assert finished.returncode == 0, finished.stderr
-    assert "[2/2] small_model 20% saap seed 0: prose 64 " in finished.stdout
-    return folder
-
-
-@pytest.fixture
-def no_cell(monkeypatch) -> None:
-    """Fail when a cell is run."""
-
-    def run_cell(*_: object) -> None:
-        raise AssertionError("a cell was run")
-
-    monkeypatch.setattr(protocol_7b, "run_cell", run_cell)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-
-
-def table_rows(file: Path) -> dict[str, list[str]]:
-    lines = [line[2:-2].split(" | ") for line in file.read_text().splitlines() if line.startswith("| ")]
-    return {f"{line[0]} {line[1]}": line for line in lines}
-
-
-def test_every_cell_is_written_and_shown(done) -> None:
-    dense, pruned = read_results(done / "out")
-    assert (dense["ratio"], pruned["ratio"], pruned["criterion"], pruned["seed"]) == (None, 0.2, "saap", 0)
-    assert pruned["parameters"] <= 0.8 * dense["parameters"]
-    for result in (dense, pruned):
-        assert {task: numbers["rows"] for task, numbers in result["tasks"].items()} == {"boolq": 4, "arc_easy": 4}
-    for name, before in numbers_of(dense).items():
-        if name.startswith(("prose", "rows")):
-            # 20 % off the shipped model costs some tenths of its perplexity; a broken one costs orders of magnitude
-            assert before < numbers_of(pruned)[name] < 3 * before
-    plan, folder = Plan.load(next(done.glob("out/*/seed-0/saap-0.2.plan.json"))), next(done.glob("out/*/seed-0"))
-    assert plan.units.total_parameters - plan.removed_parameters == pruned["parameters"]
-    assert {file.name for file in folder.iterdir()} == {
-        "statistics.safetensors", "saap-0.2.plan.json", "saap-0.2.result.json",
-    }  # fmt: skip  # the checkpoint went when it had been measured
-
-
-def test_the_table_holds_what_was_measured_and_nothing_else(done) -> None:
-    rows = table_rows(done / "out" / "table.md")
-    header, shown = rows["removed criterion"], dict(zip(rows["removed criterion"], rows["20 % saap"], strict=True))
-    numbers = numbers_of(read_results(done / "out")[1])
-    assert header[3:7] == ["prose 64", "prose 128", "rows 64", "rows 128"]
-    for column in header[3:]:
-        assert shown[column] == (f"{numbers[column]:.2f}" if column in numbers else "")
-    assert shown["piqa"] == shown["mean of 7"] == ""
-    assert "first 4 rows of each task" in (done / "out" / "table.md").read_text()
-
-
-def test_a_second_run_does_nothing(done, no_cell, capsys) -> None:
-    protocol_7b.main(command(done))
-    assert "2 of 2 cells are done" in capsys.readouterr().out
-
-
-def test_more_rows_may_be_asked_of_the_same_folder(done, no_cell) -> None:
-    protocol_7b.main([*command(done), "--ratios", "0.2,0.5", "--criteria", "saap,element", "--table-only"])
-    rows = table_rows(done / "out" / "table.md")
-    assert rows["20 % saap"][3] != "" and not any(rows["50 % element"][2:])
-    protocol_7b.main(command(done))  # the table of the other tests
-
-
-def test_changed_settings_are_refused_with_the_differences(done, no_cell, capsys) -> None:
-    with pytest.raises(SystemExit):
-        protocol_7b.main([*command(done), "--samples", "9", "--tasks", "boolq"])
-    error = capsys.readouterr().err
-    assert "samples: 8 there, 9 now" in error and "tasks: ['boolq', 'arc_easy'] there, ['boolq'] now" in error
-
-
-def test_a_changed_text_is_refused(done, tmp_path, no_cell, capsys) -> None:
-    write_texts(tmp_path)
-    (tmp_path / "rows.jsonl").write_text('{"text": "other rows"}\n')
-    with pytest.raises(SystemExit):
-        protocol_7b.main([*command(tmp_path), "--out", str(done / "out")])
-    assert "perplexity_data: " in capsys.readouterr().err
-
-
-def test_an_interrupted_cell_goes_on_from_its_checkpoint(tmp_path, monkeypatch) -> None:
-    write_texts(tmp_path)
-    given = [*command(tmp_path), "--samples", "2", "--seq-lens", "128", "--limit", "1"]
-    real, calls = protocol_cells.zero_shot, []
-
-    def interrupted(*args: object, **options: object) -> object:
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **options)
-
-    monkeypatch.setattr(protocol_cells, "zero_shot", interrupted)
-    with pytest.raises(SystemExit, match="130"):
-        protocol_7b.main(given)
-    checkpoint = next(tmp_path.glob("out/*/seed-0/saap-0.2"))
-    assert (checkpoint / "model.safetensors").is_file() and len(read_results(tmp_path / "out")) == 1
-    monkeypatch.setattr(protocol_cells, "_prune", None)  # neither calibrated nor pruned again
-    protocol_7b.main(given)
-    assert len(read_results(tmp_path / "out")) == 2 and not checkpoint.exists() and len(calls) == 3
-
-
-def test_perplexity_is_of_one_stream_cut_into_whole_windows(done) -> None:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(SMALL_MODEL), AutoTokenizer.from_pretrained(SMALL_MODEL)
-    found = read_results(done / "out")[0]["perplexity"]
-    for name, file in (("prose", "prose.txt"), ("rows", "rows.jsonl")):
-        ids = torch.tensor(tokenizer(joined(str(done / file))).input_ids)
-        assert (ids == tokenizer.bos_token_id).nonzero().flatten().tolist() == [0]
-        for length in (64, 128):
-            windows = ids[: len(ids) // length * length].view(-1, length)
-            with torch.no_grad():
-                logits = torch.cat([model(input_ids=window[None]).logits for window in windows])
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), windows[:, 1:].flatten())
-            numbers = found[name][str(length)]
-            assert (numbers["windows"], numbers["tokens"]) == (len(windows), windows[:, 1:].numel())
-            # float32 logits of other batch sizes differ in their last digits
-            assert numbers["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+from benchmarks.protocol_table import MEAN, QUOTED, write_table
+from benchmarks.protocol_texts import TEXTS, HubText
+from benchmarks.zero_shot import TASKS, zero_shot
+from tests.test_protocol_run import LOCAL_TASKS, PAGE, command, no_cell_fixture, own_cache_fixture, prepare, table_rows  # noqa: F401  fixtures
 
 
 @pytest.mark.parametrize(
@@ -183,25 +32,25 @@ def test_perplexity_is_of_one_stream_cut_into_whole_windows(done) -> None:
         ("--perplexity-data", "nosuch", "--perplexity-data: unknown text 'nosuch'; known: wikitext2, ptb"),
         ("--perplexity-data", "short=README.md", "unknown text 'README.md'"),
         ("--calibration", "nosuch.txt", "--calibration: no such file: nosuch.txt"),
-        ("--seq-lens", "1024", "1024 exceeds the 512 positions of small_model"),
+        ("--seq-lens", "4096", "4096 exceeds the 2048 positions of small_model"),
         ("--seq-lens", "1", "--seq-lens: expected at least 2; got 1"),
         ("--limit", "0", "--limit: expected at least 1; got 0"),
     ],
 )
 def test_bad_arguments_are_named_before_any_work(tmp_path, no_cell, capsys, option, value, message) -> None:
-    write_texts(tmp_path)
+    prepare(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        protocol_7b.main([*command(tmp_path), option, value])
+        protocol_7b.main([*command(tmp_path), "--out", str(tmp_path / "out"), option, value])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_a_text_shorter_than_a_window_is_named(tmp_path, no_cell, capsys) -> None:
-    write_texts(tmp_path)
+    prepare(tmp_path)
     (tmp_path / "prose.txt").write_text("a few words")
     with pytest.raises(SystemExit):
-        protocol_7b.main(command(tmp_path))
-    assert "prose has 5 tokens, fewer than one window of 128" in capsys.readouterr().err
+        protocol_7b.main([*command(tmp_path), "--out", str(tmp_path / "out")])
+    assert "wikitext2 has 5 tokens, fewer than one window of 2048" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_is_needed_without_the_hub(tmp_path, no_cell, monkeypatch, capsys) -> None:
@@ -240,7 +89,7 @@ def test_seeds_are_averaged_and_quoted_rows_are_marked(tmp_path) -> None:
 
 
 def test_the_committed_table_is_what_the_command_writes(tmp_path) -> None:
-    committed = (ROOT / "docs" / "protocol_7b.md").read_text()
+    committed = PAGE.read_text()
     if "Measured on: nothing yet" not in committed:
         pytest.skip("the protocol was run, and its numbers are not at hand here")
     protocol_7b.main(["--table-only", "--out", str(tmp_path)])
@@ -263,18 +112,64 @@ def test_without_lm_eval_the_command_says_how_to_get_it(tmp_path, no_cell, monke
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(zero_shot_module, "version", missing)
-    write_texts(tmp_path)
+    prepare(tmp_path)
     with pytest.raises(SystemExit):
-        protocol_7b.main(command(tmp_path))
+        protocol_7b.main([*command(tmp_path), "--out", str(tmp_path / "out")])
     assert 'the zero-shot tasks need lm_eval: pip install "saap[eval]"' in capsys.readouterr().err
 
 
-def test_criteria_that_read_coupled_statistics_have_their_own(done, tmp_path) -> None:
-    args = protocol_7b.arguments([*command(done), "--criteria", "llm_pruner", "--out", str(tmp_path / "out")])
-    models = protocol_7b.parse_models(args.models)
-    settings, (_, cell) = protocol_7b.settings_of(args), protocol_7b.grid(models, (0.2,), args)
-    inputs = protocol_7b.read_inputs(models, (0.2,), settings)
-    protocol_cells._prune(cell, settings, inputs, AutoTokenizer.from_pretrained(SMALL_MODEL), tmp_path / "out")
-    assert {file.name for file in cell.stem(tmp_path / "out").parent.iterdir()} == {
-        "coupled-statistics.safetensors", "llm_pruner-0.2", "llm_pruner-0.2.plan.json",
-    }  # fmt: skip
+def test_the_hub_is_asked_for_the_texts_of_the_published_evaluation(monkeypatch) -> None:
+    asked = []
+    signature = inspect.signature(datasets.load_dataset)
+
+    def load_dataset(*args: object, **options: object) -> list[dict[str, str]]:
+        given = signature.bind(*args, **options).arguments
+        asked.append((given["path"], given.get("name"), given.get("data_files"), given["split"]))
+        return [{"text": "a row", "sentence": "a row"}] * 70
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    documents = {name: len(TEXTS[name].load()) for name in ("wikitext2", "ptb", "bookcorpus")}
+    assert documents == {"wikitext2": 70, "ptb": 70, "bookcorpus": 2}
+    parquet = "hf://datasets/ptb-text-only/ptb_text_only@refs/convert/parquet/penn_treebank/validation/0000.parquet"
+    assert asked[0] == ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "test")
+    assert (asked[1][0], unquote(asked[1][2])) == ("parquet", parquet)
+    assert asked[2] == ("rojagtap/bookcorpus", None, None, "train")
+
+
+# data set, configuration, and the split that the published accuracies are of
+HUB_TASKS = {
+    "boolq": ("aps/super_glue", "boolq", "validation"),
+    "piqa": ("baber/piqa", None, "validation"),
+    "hellaswag": ("Rowan/hellaswag", None, "validation"),
+    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation"),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test"),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test"),
+    "openbookqa": ("allenai/openbookqa", "main", "test"),
+}
+
+
+def test_without_a_folder_the_tasks_come_from_the_hub(monkeypatch) -> None:
+    rows = {
+        (name, config): [json.loads(line) for line in (LOCAL_TASKS / f"{task}.jsonl").read_text().splitlines()]
+        for task, (name, config, _) in HUB_TASKS.items()
+    }
+    sizes = {"train": 1, "validation": 2, "test": 3}
+
+    def load_dataset(path: str, name: str | None = None, **_: object) -> datasets.DatasetDict:
+        splits = {split: datasets.Dataset.from_list(rows[path, name][:count]) for split, count in sizes.items()}
+        return datasets.DatasetDict(splits)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(SMALL_MODEL), AutoTokenizer.from_pretrained(SMALL_MODEL)
+    found = zero_shot(model, tokenizer, tuple(TASKS))
+    assert {task: found[task]["rows"] for task in TASKS} == {task: sizes[HUB_TASKS[task][2]] for task in TASKS}
+
+
+def test_quoted_means_are_of_their_tasks_and_stand_in_the_columns_of_the_page() -> None:
+    columns = table_rows(PAGE)["removed criterion"][3:]
+    assert all(set(row.numbers) <= set(columns) for row in QUOTED)
+    complete = [row.numbers for row in QUOTED if set(TASKS) <= set(row.numbers)]
+    assert len(complete) == 2
+    for numbers in complete:
+        # seven numbers and their mean, each rounded to two decimals
+        assert sum(float(numbers[task]) for task in TASKS) / 7 == pytest.approx(float(numbers[MEAN]), abs=0.0101)

@@ -7,7 +7,7 @@ import typer
 
 from saap.criteria import CRITERIA
 from saap.data import FORMS
-from saap.latency import LatencyTable, device_name
+from saap.latency import LatencyTable
 from saap.resources import Bytes, Latency, Macs, Resource
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face model directory (dense or pruned) or a hub name.")]
@@ -62,7 +62,7 @@ LatencyFile = Annotated[
 ]
 LatencyDevice = Annotated[
     str | None,
-    typer.Option(help="The device that the latency table must be of, instead of this machine's; any: whatever it is."),
+    typer.Option(help="The device that the latency table must be of, instead of this machine; any: whatever it is."),
 ]
 Compensate = Annotated[
     Literal["none", "bias", "least_squares"],
@@ -169,6 +169,6 @@ def _resource(name: str, context: int, table: Path | None, device: str | None) -
     if context and name not in ("macs", "bytes"):
         raise ValueError(f"--context is for --resource macs or bytes; got {name}")
     if table is not None:
-        return Latency(LatencyTable.load(table, None if device == "any" else device or device_name()))
+        return Latency(LatencyTable.load(table, device or "this"))
     kinds: dict[str, Resource] = {"macs": Macs(context), "bytes": Bytes(context=context)}
     return kinds.get(name, name)

@@ -69,6 +69,15 @@ def test_models_for_devices_say_for_how_many(workplace, statistics, tmp_path) ->
     assert "tensor_parallel=5 cannot split 4 KV heads" in dry.stderr.replace("\n", " ")
 
 
+def test_a_table_of_another_dtype_than_the_model_is_said_before_any_work(workplace, tmp_path) -> None:  # noqa: F811
+    units = saap.discover(saap.load(workplace / "dense"))
+    make_table(units, device=device_name(), dtype="float16").save(tmp_path / "table.json")
+    options = ("--resource", "latency", "--latency-table", tmp_path / "table.json", "--out", tmp_path / "out")
+    for more in ((), ("--dry-run",)):
+        with pytest.warns(UserWarning, match="measured in float16, the model is in float32"):
+            prune(workplace, "--ratio", 0.2, *options, *more, "--force")
+
+
 def test_steps_and_compensation_prune_to_the_ratio(workplace, tmp_path) -> None:  # noqa: F811
     prune(workplace, "--ratio", 0.3, "--steps", 2, "--compensate", "least_squares", "--out", tmp_path / "out")
     made = saap.Plan.load(tmp_path / "out/saap_plan.json")

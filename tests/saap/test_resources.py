@@ -1,12 +1,14 @@
 """Budgets other than parameters: what they count, that searches keep them, and latency tables."""
 
 import json
+import re
 
 import pytest
 import torch
 
+import saap
 from saap.cost import cost_of
-from saap.latency import LatencyTable
+from saap.latency import LatencyTable, device_name
 from saap.resources import Bytes, Latency, Macs
 from saap.search import search
 from saap.units import MODULES, LayerUnits, Units, discover
@@ -116,12 +118,19 @@ def test_tables_that_do_not_fit_are_refused(changes: dict, message: str) -> None
         search(make_scores(units), 0.2, resource=Latency(make_table(units, **changes)))
 
 
-def test_tables_round_trip_and_name_their_device(tmp_path) -> None:
-    table = make_table(make_units())
-    table.save(tmp_path / "table.json")
-    assert LatencyTable.load(tmp_path / "table.json") == LatencyTable.load(tmp_path / "table.json", "a device") == table
-    with pytest.raises(ValueError, match="measured on 'a device', expected 'another'"):
-        LatencyTable.load(tmp_path / "table.json", "another")
+def test_tables_round_trip_and_are_of_this_machine_unless_said_otherwise(tmp_path) -> None:
+    for name, device in (("mine", device_name()), ("other", "a device")):
+        make_table(make_units(), device=device).save(tmp_path / f"{name}.json")
+    assert LatencyTable.load(tmp_path / "mine.json") == make_table(make_units(), device=device_name())
+    for device in ("a device", "any"):
+        assert LatencyTable.load(tmp_path / "other.json", device) == make_table(make_units())
+    here = re.escape(f"measured on 'a device', expected {device_name()!r}, this machine; name the device")
+    for options, message in (((), here), (("another",), "measured on 'a device', expected 'another'; name")):
+        with pytest.raises(ValueError, match=message):
+            LatencyTable.load(tmp_path / "other.json", *options)
+
+
+def test_files_that_are_no_latency_table_are_refused(tmp_path) -> None:
     for text, message in (
         ("{", "is not valid JSON"),
         ("[]", "lacks or misshapes a field"),
@@ -131,6 +140,22 @@ def test_tables_round_trip_and_name_their_device(tmp_path) -> None:
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             LatencyTable.load(tmp_path / "bad.json")
+
+
+def test_pruning_warns_when_the_table_is_of_another_dtype_than_the_model(recwarn) -> None:
+    units = discover(tiny_model("llama", torch.float32))
+    for dtype in ("float32", "bfloat16"):
+        model = tiny_model("llama", torch.float32)
+        ids = torch.arange(64).view(4, 16)
+        done = saap.prune(
+            model, None, ids, ratio=0.2, resource=Latency(make_table(units, dtype=dtype)), samples=4, seq_len=16,
+            multiple=8,
+        )  # fmt: skip
+        assert done.plan.settings["dtype"] == dtype
+        said = [warning for warning in recwarn if "latency table" in str(warning.message)]
+        assert len(said) == (dtype == "bfloat16")
+    assert "measured in bfloat16, the model is in float32: the budget holds when" in str(said[0].message)
+    assert said[0].filename == __file__  # where prune was called
 
 
 def test_negative_quantities_are_refused() -> None:

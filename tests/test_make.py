@@ -1,0 +1,38 @@
+"""``make test-transformers``: the second environment lies over the first, which is left as it is."""
+
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# says what it was asked for, makes an environment of copies of itself, and names its folder of packages
+STUB = """#!/bin/sh
+echo "$0 $*" >> "$LOG"
+case "$*" in
+    *"-m venv"*) for last; do :; done; mkdir -p "$last/bin" "$last/packages"; cp "$0" "$last/bin/python";;
+    *purelib*) echo "${0%/bin/python}/packages";;
+esac
+"""
+
+
+def test_the_second_environment_gets_transformers_alone_and_sees_the_first(tmp_path) -> None:
+    first, second, log = tmp_path / "first", tmp_path / "second", tmp_path / "log"
+    (first / "bin").mkdir(parents=True)
+    (first / "bin/python").write_text(STUB)
+    (first / "bin/python").chmod(0o755)
+    (first / ".installed-a-b").touch()  # the first is complete, and newer than all it is made from
+    command = ["make", "test-transformers", f"VENV={first}", f"OTHER_VENV={second}", "TORCH=a", "TRANSFORMERS=b"]
+    for _ in range(2):
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"LOG": str(log)}
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    asked = [line.removeprefix(f"{tmp_path}/") for line in log.read_text().splitlines()]
+    tests = "second/bin/python -m pytest -q -m not gpu --durations=10 tests/saap tests/test_examples.py"
+    assert [line for line in asked if " -c " not in line] == [
+        f"first/bin/python -m venv --without-pip {second}",
+        "second/bin/python -m pip install --quiet transformers==5.23.0",
+        tests,
+        tests,  # the second time nothing is installed
+    ]
+    assert (second / "packages/first.pth").read_text() == f"import site; site.addsitedir('{first}/packages')\n"
