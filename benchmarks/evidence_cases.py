@@ -1,4 +1,4 @@
-"""What the evidence compares: criteria at one search, searches, compensation and steps, and methods as published."""
+"""What the evidence compares: criteria at one search, the method's choices, whole pipelines, and their full product."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,43 +9,62 @@ from saap.criteria import score
 from saap.scores import Scores
 from saap.statistics import Statistics
 
+Criterion = Callable[[Statistics], Scores]
+
+DEFAULT = "saap (default)"  # what every table compares with
+BEST = "saap, 4 steps, least squares"  # the pipeline that the targets are asked of
+PUBLISHED = ("LLM-Pruner as published: local", "FLAP as published: z-scores and bias")
+COSTS = {  # what a criterion alone would have to measure, rising: only equal ones are a fair comparison
+    "none": "no data",
+    "forward": "activations of a forward pass",
+    "backward": "a backward pass too, but no gradient of a weight",
+    "weights": "the gradient of every weight, of each sequence",
+}
 LLM_PRUNER = partial(score, criterion="element", coupled=True)  # |mean_n s| summed over the unit
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to prune; ``group`` says which table it belongs to."""
+    """One way to prune; ``group`` says which table it belongs to, ``cost`` a criterion's, a key of ``COSTS``."""
 
     name: str
     group: str
-    criterion: Callable[[Statistics], Scores]
+    criterion: Criterion
     search: dict[str, Any] = field(default_factory=dict)
     compensate: str = "none"
     steps: int = 1
     inputs: str = "auto"
     step_samples: int | None = None
+    cost: str = ""
 
 
 def _criteria() -> list[Case]:
-    named: dict[str, Callable[[Statistics], Scores]] = {
-        "saap (default)": partial(score, criterion="saap"),
-        "element, first order": partial(score, criterion="element"),
-        "element, second order": partial(score, criterion="element", order="second"),
-        "vector, first order": partial(score, criterion="vector"),
-        "vector, second order": partial(score, criterion="vector", order="second"),
-        "mask gradient, second order": partial(score, criterion="mask_gradient"),
-        "mask gradient, first order": partial(score, criterion="mask_gradient", order="first"),
-        "LLM-Pruner element, first order": LLM_PRUNER,
-        "LLM-Pruner element, mixed": partial(score, criterion="element", coupled=True, order="mixed"),
-        "LLM-Pruner vector": partial(score, criterion="vector", coupled=True),
-        "FLAP": partial(score, criterion="flap"),
-        "Wanda-sp": partial(score, criterion="wanda_sp"),
-        "activation (Minitron)": partial(score, criterion="activation"),
-        "block influence (ShortGPT)": partial(score, criterion="block_influence"),
-        "magnitude": partial(score, criterion="magnitude"),
-        "random": partial(score, criterion="random"),
+    """Every criterion under one search, by cost.
+
+    Sums of salience over a row (dY * Y over tokens) or column (X * dX) need no gradient of a weight: neither do
+    vector-wise and mask scores, LLM-Pruner's included. Sums of |s| or s^2 do.
+    """
+    named: dict[str, tuple[str, Criterion]] = {
+        DEFAULT: ("weights", partial(score, criterion="saap")),
+        "element, first order": ("weights", partial(score, criterion="element")),
+        "element, second order": ("weights", partial(score, criterion="element", order="second")),
+        "vector, first order": ("backward", partial(score, criterion="vector")),
+        "vector, second order": ("backward", partial(score, criterion="vector", order="second")),
+        "mask gradient, second order": ("backward", partial(score, criterion="mask_gradient")),
+        "mask gradient, first order": ("backward", partial(score, criterion="mask_gradient", order="first")),
+        "LLM-Pruner element, first order": ("weights", LLM_PRUNER),
+        "LLM-Pruner element, second order": ("weights", partial(LLM_PRUNER, order="second")),
+        "LLM-Pruner element, mixed": ("weights", partial(LLM_PRUNER, order="mixed")),
+        "LLM-Pruner vector": ("backward", partial(score, criterion="vector", coupled=True)),
+        "FLAP": ("forward", partial(score, criterion="flap")),
+        "Wanda-sp": ("forward", partial(score, criterion="wanda_sp")),
+        "activation (Minitron)": ("forward", partial(score, criterion="activation")),
+        "block influence (ShortGPT)": ("forward", partial(score, criterion="block_influence")),
+        "magnitude": ("none", partial(score, criterion="magnitude")),
+        "magnitude, L1": ("none", partial(score, criterion="magnitude", norm="l1")),
+        "random": ("none", partial(score, criterion="random")),
     }
-    return [Case(name, "criteria", criterion) for name, criterion in named.items()]
+    return [Case(name, "criteria", criterion, cost=cost) for name, (cost, criterion) in named.items()]
 
 
 def _choices() -> list[Case]:
@@ -63,11 +82,10 @@ def _choices() -> list[Case]:
     searches: dict[str, dict[str, Any]] = {
         "search uniform": {"method": "uniform"},
         "search standardised": {"method": "standardised"},
-        "search fluctuation, weight 0": {"method": "fluctuation", "fluctuation_weight": 0.0},
-        "search fluctuation, weight 0.5": {"method": "fluctuation", "fluctuation_weight": 0.5},
-        "search fluctuation, weight -0.5": {"method": "fluctuation", "fluctuation_weight": -0.5},
         "whole modules may go": {"allow_empty": True},
     }
+    for weight in (-1.0, -0.5, 0.0, 0.25, 0.5, 1.0):
+        searches[f"search fluctuation, weight {weight:g}"] = {"method": "fluctuation", "fluctuation_weight": weight}
     saap = partial(score, criterion="saap")
     return cases + [Case(name, "choices", saap, chosen) for name, chosen in searches.items()]
 
@@ -77,8 +95,8 @@ def _pipelines() -> list[Case]:
     wanda, magnitude = (partial(score, criterion=name) for name in ("wanda_sp", "magnitude"))
     local = {"method": "uniform"}
     return [
-        Case("LLM-Pruner as published: local", "pipelines", LLM_PRUNER, local),
-        Case("FLAP as published: z-scores and bias", "pipelines", flap, {"method": "standardised"}, "bias"),
+        Case(PUBLISHED[0], "pipelines", LLM_PRUNER, local),
+        Case(PUBLISHED[1], "pipelines", flap, {"method": "standardised"}, "bias"),
         Case("FLAP without its bias", "pipelines", flap, {"method": "standardised"}),
         Case("Wanda-sp as published: local", "pipelines", wanda, local),
         Case("magnitude, local", "pipelines", magnitude, local),
@@ -86,7 +104,7 @@ def _pipelines() -> list[Case]:
         Case("saap, least squares", "pipelines", saap, {}, "least_squares"),
         Case("saap, least squares, dense inputs", "pipelines", saap, {}, "least_squares", 1, "dense"),
         Case("saap, 4 steps", "pipelines", saap, {}, "none", 4),
-        Case("saap, 4 steps, least squares", "pipelines", saap, {}, "least_squares", 4),
+        Case(BEST, "pipelines", saap, {}, "least_squares", 4),
         Case("saap, 4 steps, least squares, dense inputs", "pipelines", saap, {}, "least_squares", 4, "dense"),
         Case("saap, 4 steps of 32 new sequences, least squares", "pipelines", saap, {}, "least_squares", 4, "auto", 32),
         Case(
@@ -95,4 +113,30 @@ def _pipelines() -> list[Case]:
     ]
 
 
-CASES = tuple(_criteria() + _choices() + _pipelines())
+GRID_CRITERIA: dict[str, Criterion] = {
+    "saap": partial(score, criterion="saap"),
+    "mask gradient, second order": partial(score, criterion="mask_gradient"),
+    "element, first order": partial(score, criterion="element"),
+    "FLAP": partial(score, criterion="flap"),
+}
+GRID_SEARCHES = ("global", "standardised", "uniform")
+GRID_COLUMNS = tuple((compensate, steps) for steps in (1, 4) for compensate in ("none", "bias", "least_squares"))
+
+
+def grid_name(criterion: str, search: str, compensate: str, steps: int) -> str:
+    """Name of one cell of the product."""
+    return f"grid: {criterion}; {search}; {compensate}; steps {steps}"
+
+
+def _grid() -> list[Case]:
+    """The product, column by column of its table and the cheap ones first: an interrupted run leaves whole columns."""
+    return [
+        Case(grid_name(name, search, *column), "grid", criterion, {"method": search}, *column)
+        for column in GRID_COLUMNS
+        for search in GRID_SEARCHES
+        for name, criterion in GRID_CRITERIA.items()
+    ]
+
+
+CASES = tuple(_criteria() + _choices() + _pipelines() + _grid())
+GROUPS = tuple(dict.fromkeys(case.group for case in CASES))

@@ -5,22 +5,24 @@ from collections.abc import Sequence
 from statistics import mean
 
 from benchmarks.criteria import RATIOS, Cell
+from benchmarks.evidence_cases import BEST, DEFAULT, PUBLISHED
 
 WIDTH, HEIGHT, LEFT, TOP, GAP = 380, 300, 56, 34, 40
 TOP_OF_SCALE = 3.0  # worse lines leave through the top
 LINES = {  # colours that colour-blind readers can tell apart (Okabe and Ito), and dashes
-    "saap, 4 steps, least squares": ("#0072B2", ""),
-    "saap (default)": ("#56B4E9", ""),
+    BEST: ("#0072B2", ""),
+    DEFAULT: ("#56B4E9", ""),
     "element, first order": ("#009E73", "6 3"),
     "mask gradient, second order": ("#E69F00", "2 3"),
-    "LLM-Pruner as published: local": ("#D55E00", "8 3 2 3"),
+    PUBLISHED[0]: ("#D55E00", "8 3 2 3"),
     "Wanda-sp as published: local": ("#CC79A7", "4 4"),
 }
 
 
 def draw(cells: Sequence[Cell]) -> str:
-    """An SVG document."""
-    models = list(dict.fromkeys(cell.model for cell in cells))
+    """An SVG document; only of cells that have a line."""
+    cells = [cell for cell in cells if cell.case in LINES]
+    models = list(dict.fromkeys((cell.model, cell.text) for cell in cells))
     total = len(models) * (WIDTH + GAP) + 20
     height = TOP + HEIGHT + 60 + 20 * math.ceil(len(LINES) / 2)
     parts = [
@@ -29,7 +31,7 @@ def draw(cells: Sequence[Cell]) -> str:
         f'<rect width="{total}" height="{height}" fill="white"/>',
     ]
     for index, model in enumerate(models):
-        parts += _panel(index * (WIDTH + GAP), model, [cell for cell in cells if cell.model == model])
+        parts += _panel(index * (WIDTH + GAP), [cell for cell in cells if (cell.model, cell.text) == model])
     for index, (name, (colour, dash)) in enumerate(LINES.items()):
         x, y = LEFT + index % 2 * 300, TOP + HEIGHT + 56 + index // 2 * 20
         parts.append(f'<path d="M{x} {y - 4}h34" stroke="{colour}" stroke-width="2.5" stroke-dasharray="{dash}"/>')
@@ -37,14 +39,14 @@ def draw(cells: Sequence[Cell]) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _panel(left: float, model: str, cells: list[Cell]) -> list[str]:
+def _panel(left: float, cells: list[Cell]) -> list[str]:
     def x(ratio: float) -> float:
         return left + LEFT + ratio / 0.55 * (WIDTH - LEFT)
 
     def y(value: float) -> float:
         return TOP + HEIGHT * (1 - math.log(value) / math.log(TOP_OF_SCALE))
 
-    parts = [f'<text x="{left + LEFT}" y="20" font-weight="bold">{model}, {cells[0].text} text</text>']
+    parts = [f'<text x="{left + LEFT}" y="20" font-weight="bold">{cells[0].model}, {cells[0].text} text</text>']
     for value in (1.0, 1.25, 1.5, 2.0, 2.5, 3.0):
         parts.append(f'<path d="M{x(0):.1f} {y(value):.1f}H{x(0.55):.1f}" stroke="#ddd"/>')
         parts.append(f'<text x="{x(0) - 8:.1f}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.single_units [--model small_model|small_qwen2] [--channels 300] [--found FILE]``: every KV
 group and a sample of channels is masked by itself and the loss measured on the selection text. Rows are Spearman's
-rho, per module and over both modules per parameter (what a global search ranks by), with the standard
-deviation of 1000 bootstrap samples of the units; calibration seed 0.
+rho, per module and over both modules per parameter (what a global search ranks by), with the 95 % percentile
+interval of 1000 bootstrap samples of the units; calibration seed 0.
 """
 
 import argparse
@@ -64,11 +64,13 @@ def _ranks(values: Tensor) -> Tensor:
     return (counts.cumsum(0) - (counts - 1) / 2).double()[place]
 
 
-def spread(left: Tensor, right: Tensor, samples: int = 1000) -> float:
-    """Standard deviation of ``spearman`` over bootstrap samples."""
+def interval(left: Tensor, right: Tensor, samples: int = 1000) -> tuple[float, float]:
+    """95 % interval of ``spearman``: percentiles over bootstrap samples of the pairs (Efron 1979)."""
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(left), (samples, len(left)), generator=generator)
-    return float(torch.tensor([spearman(left[draw], right[draw]) for draw in draws]).std())
+    found = torch.tensor([spearman(left[draw], right[draw]) for draw in draws], dtype=torch.float64)
+    low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
 
 
 def _per_parameter(values: dict[str, Tensor], cost: dict[str, float]) -> Tensor:
@@ -77,13 +79,13 @@ def _per_parameter(values: dict[str, Tensor], cost: dict[str, float]) -> Tensor:
 
 def correlations(
     scores: Scores, chosen: dict[str, list[int]], truth: dict[str, Tensor]
-) -> dict[str, tuple[float, float]]:
-    """{"attention" | "mlp" | "both": (rho, its spread)}; "both" compares per parameter."""
+) -> dict[str, tuple[float, float, float]]:
+    """{"attention" | "mlp" | "both": (rho, low, high)} with its interval; "both" compares per parameter."""
     values = {module: getattr(scores, module)[chosen[module]] for module in MODULES}
     cost = {module: float(scores.units.layers[0].unit_parameters(module)) for module in MODULES}
     pairs = {module: (values[module], truth[module]) for module in MODULES}
     pairs["both"] = _per_parameter(values, cost), _per_parameter(truth, cost)
-    return {name: (spearman(*pair), spread(*pair)) for name, pair in pairs.items()}
+    return {name: (spearman(*pair), *interval(*pair)) for name, pair in pairs.items()}
 
 
 def measure(name: str, channels: int, tokens: int, found: Path | None, calibration: dict[str, int]) -> list[Row]:
@@ -97,10 +99,10 @@ def measure(name: str, channels: int, tokens: int, found: Path | None, calibrati
     rows, table = [], {}
     for case in (case for case in CASES if case.group == "criteria"):
         table[case.name] = correlations(case.criterion(statistics), chosen, truth)
-        for part, (rho, deviation) in table[case.name].items():
-            rows.append(Row.single(f"{name}, {part}: {case.name} (+- {deviation:.2f})", rho, "rho"))
+        for part, (rho, low, high) in table[case.name].items():
+            rows.append(Row.single(f"{name}, {part}: {case.name} [{low:.2f}, {high:.2f}]", rho, "rho"))
     if found is not None:
-        write_whole(found, json.dumps({"model": name, "channels": channels, "rho": table}, indent=1) + "\n")
+        write_whole(found, json.dumps({"model": name, "channels": len(chosen["mlp"]), "rho": table}, indent=1) + "\n")
     return rows
 
 
@@ -114,7 +116,7 @@ def tasks(args: argparse.Namespace) -> list[Task]:
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=SMALL_MODEL.name, choices=(SMALL_MODEL.name, "small_qwen2"))
-    parser.add_argument("--channels", type=int, default=300, help="sampled from all layers")
+    parser.add_argument("--channels", type=int, default=300, help="sampled from all layers (default 300)")
     parser.add_argument("--found", type=Path, help="write the correlations to this file")
 
 
