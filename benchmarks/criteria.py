@@ -106,6 +106,7 @@ def measure_cells(
                 case.steps,
                 case.inputs,
                 case.step_samples,
+                case.compensated_scores,
             )
             pruned = prune_in_steps(model, tokenizer, data, ratio, recipe, statistics=statistics, copy=True).model
             found = perplexity(pruned, tokenizer, [ids])

@@ -13,6 +13,7 @@ Criterion = Callable[[Statistics], Scores]
 
 DEFAULT = "saap (default)"  # what every table compares with
 BEST = "saap, 4 steps, least squares"  # the pipeline that the targets are asked of
+PLAIN = "plain scores"  # as a criterion gives them, also where least squares follows
 PUBLISHED = ("LLM-Pruner as published: local", "FLAP as published: z-scores and bias")
 COSTS = {  # what a criterion alone would have to measure, rising: only equal ones are a fair comparison
     "none": "no data",
@@ -36,6 +37,7 @@ class Case:
     inputs: str = "auto"
     step_samples: int | None = None
     cost: str = ""
+    compensated_scores: bool | str = "auto"
 
 
 def _criteria() -> list[Case]:
@@ -101,14 +103,21 @@ def _pipelines() -> list[Case]:
         Case("Wanda-sp as published: local", "pipelines", wanda, local),
         Case("magnitude, local", "pipelines", magnitude, local),
         Case("saap, bias", "pipelines", saap, {}, "bias"),
-        Case("saap, least squares", "pipelines", saap, {}, "least_squares"),
-        Case("saap, least squares, dense inputs", "pipelines", saap, {}, "least_squares", 1, "dense"),
         Case("saap, 4 steps", "pipelines", saap, {}, "none", 4),
+        Case("saap, least squares", "pipelines", saap, {}, "least_squares"),
         Case(BEST, "pipelines", saap, {}, "least_squares", 4),
-        Case("saap, 4 steps, least squares, dense inputs", "pipelines", saap, {}, "least_squares", 4, "dense"),
         Case("saap, 4 steps of 32 new sequences, least squares", "pipelines", saap, {}, "least_squares", 4, "auto", 32),
-        Case(
-            "mask gradient, least squares", "pipelines", partial(score, criterion="mask_gradient"), {}, "least_squares"
+        *(
+            Case(f"{name}, least squares", "pipelines", criterion, {}, "least_squares")
+            for name, criterion in (("mask gradient", partial(score, criterion="mask_gradient")), ("Wanda-sp", wanda))
+        ),
+        *(
+            Case(f"{name}, {PLAIN}", "pipelines", saap, {}, "least_squares", steps, inputs, compensated_scores=False)
+            for name, steps, inputs in (
+                ("saap, least squares", 1, "auto"),
+                ("saap, least squares, dense inputs", 1, "dense"),
+                (BEST, 4, "auto"),
+            )
         ),
     ]
 
