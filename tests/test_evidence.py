@@ -12,11 +12,13 @@ import torch
 
 from benchmarks import criteria, evidence, replan, single_units
 from benchmarks.common import Row
+from benchmarks.compensation import constant_shares
 from benchmarks.criteria import RATIOS, Cell, measure_cells, rows_of
 from benchmarks.evidence_cases import BEST, CASES, COSTS, DEFAULT, GRID_COLUMNS, PUBLISHED, grid_name
 from benchmarks.evidence_figure import LINES, draw
 from benchmarks.single_units import interval, spearman
-from saap.search import METHODS
+from saap.criteria import score
+from saap.search import METHODS, search
 from saap.statistics import Statistics
 
 
@@ -261,3 +263,15 @@ def test_single_units_samples_300_channels_unless_told() -> None:
     parser = argparse.ArgumentParser()
     single_units.options(parser)
     assert parser.parse_args([]).channels == 300 and "default 300" in parser.format_help()
+
+
+def test_what_a_bias_mends_is_the_share_of_the_mean_in_the_mean_square() -> None:
+    statistics = replan.made_up_statistics(2)
+    plan = search(score(statistics, "flap"), 0.2, ratio_of="blocks", method="uniform")
+    for module in statistics.modules.values():
+        module.input_mean.fill_(3)
+        module.input_m2.fill_(16 * statistics.tokens)  # a standard deviation of 4
+    assert constant_shares(statistics, plan, "o") == pytest.approx([9 / 25] * 2)
+    kept = plan.layers[0].features("down", plan.units.layers[0])
+    statistics.modules["mlp"].input_mean[kept] = 100  # what stays is not looked at
+    assert constant_shares(statistics, plan, "down") == pytest.approx([9 / 25] * 2)
