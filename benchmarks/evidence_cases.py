@@ -92,6 +92,14 @@ def _choices() -> list[Case]:
     return cases + [Case(name, "choices", saap, chosen) for name, chosen in searches.items()]
 
 
+GRID_CRITERIA: dict[str, Criterion] = {
+    "saap": partial(score, criterion="saap"),
+    "mask gradient, second order": partial(score, criterion="mask_gradient"),
+    "element, first order": partial(score, criterion="element"),
+    "FLAP": partial(score, criterion="flap"),
+}
+
+
 def _pipelines() -> list[Case]:
     saap, flap = partial(score, criterion="saap"), partial(score, criterion="flap")
     wanda, magnitude = (partial(score, criterion=name) for name in ("wanda_sp", "magnitude"))
@@ -104,12 +112,13 @@ def _pipelines() -> list[Case]:
         Case("magnitude, local", "pipelines", magnitude, local),
         Case("saap, bias", "pipelines", saap, {}, "bias"),
         Case("saap, 4 steps", "pipelines", saap, {}, "none", 4),
-        Case("saap, least squares", "pipelines", saap, {}, "least_squares"),
-        Case(BEST, "pipelines", saap, {}, "least_squares", 4),
-        Case("saap, 4 steps of 32 new sequences, least squares", "pipelines", saap, {}, "least_squares", 4, "auto", 32),
         *(
-            Case(f"{name}, least squares", "pipelines", criterion, {}, "least_squares")
-            for name, criterion in (("mask gradient", partial(score, criterion="mask_gradient")), ("Wanda-sp", wanda))
+            Case(name, "pipelines", saap, {}, "least_squares", steps, "auto", samples, compensated_scores=True)
+            for name, steps, samples in (
+                ("saap, least squares", 1, None),
+                (BEST, 4, None),
+                ("saap, 4 steps of 32 new sequences, least squares", 4, 32),
+            )
         ),
         *(
             Case(f"{name}, {PLAIN}", "pipelines", saap, {}, "least_squares", steps, inputs, compensated_scores=False)
@@ -119,15 +128,22 @@ def _pipelines() -> list[Case]:
                 (BEST, 4, "auto"),
             )
         ),
+        *(
+            Case(
+                f"{name}, least squares, {PLAIN if not scores else 'compensated scores'}",
+                "pipelines",
+                criterion,
+                {},
+                "least_squares",
+                compensated_scores=scores,
+            )  # fmt: skip
+            for name, criterion in GRID_CRITERIA.items()
+            if name not in ("saap", "FLAP")
+            for scores in (False, True)
+        ),
     ]
 
 
-GRID_CRITERIA: dict[str, Criterion] = {
-    "saap": partial(score, criterion="saap"),
-    "mask gradient, second order": partial(score, criterion="mask_gradient"),
-    "element, first order": partial(score, criterion="element"),
-    "FLAP": partial(score, criterion="flap"),
-}
 GRID_SEARCHES = ("global", "standardised", "uniform")
 GRID_COLUMNS = tuple((compensate, steps) for steps in (1, 4) for compensate in ("none", "bias", "least_squares"))
 
@@ -140,7 +156,14 @@ def grid_name(criterion: str, search: str, compensate: str, steps: int) -> str:
 def _grid() -> list[Case]:
     """The product, column by column of its table and the cheap ones first: an interrupted run leaves whole columns."""
     return [
-        Case(grid_name(name, search, *column), "grid", criterion, {"method": search}, *column)
+        Case(
+            grid_name(name, search, *column),
+            "grid",
+            criterion,
+            {"method": search},
+            *column,
+            compensated_scores=name == "saap" and column[0] == "least_squares",
+        )  # fmt: skip
         for column in GRID_COLUMNS
         for search in GRID_SEARCHES
         for name, criterion in GRID_CRITERIA.items()

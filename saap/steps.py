@@ -31,7 +31,8 @@ class Recipe:
     With ``step_samples`` statistics stay warm: every step after the first measures that many new sequences, packed
     behind those of the steps before, and adds them to what pruning left of the statistics so far. Otherwise each
     step calibrates from nothing on the sequences of the first. ``compensated_scores`` has the search go by what
-    least squares cannot make up for; "auto" does where least squares follows.
+    least squares cannot make up for; "auto" does for the criterion that gains by it at every ratio,
+    "saap".
     """
 
     criterion: str | Criterion = "saap"
@@ -84,7 +85,9 @@ class Recipe:
 
     @property
     def scores_compensated(self) -> bool:
-        return self.compensated_scores is not False and self.compensate == "least_squares"
+        """Whether the search goes by compensated scores."""
+        wanted = self.criterion == "saap" if self.compensated_scores == "auto" else self.compensated_scores
+        return bool(wanted) and self.compensate == "least_squares"
 
     @property
     def text_options(self) -> dict[str, Any]:

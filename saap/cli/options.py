@@ -77,7 +77,9 @@ CompensationInputs = Annotated[
 ]
 CompensatedScores = Annotated[
     Literal["auto", "on", "off"],
-    typer.Option(help="Search by what least squares cannot make up for (one more pass). auto: with least_squares."),
+    typer.Option(
+        help="Search by what least squares cannot make up for (one more pass). auto: with least_squares and saap."
+    ),
 ]
 Steps = Annotated[int, typer.Option(help="Prune in so many steps, calibrating again after each; needs --data.")]
 StepSamples = Annotated[

@@ -129,9 +129,11 @@ def test_least_squares_follows_a_search_by_compensated_scores_unless_told_otherw
     model = tiny_model("llama")
     wanted = saap.search(saap.compensated_scores(scored(model), model, **OPTIONS), 0.4, multiple=8, ratio_of="blocks")
     assert plans["auto"].layers == wanted.layers
-    for compensate in ("none", "bias"):
-        done = prune_in_steps(tiny_model("llama"), None, DATA, 0.4, recipe(compensate=compensate))
-        assert done.plan.layers == plans[False].layers and "compensated_scores" not in done.plan.settings
+    for compensate, criterion in (("none", "saap"), ("bias", "saap"), ("least_squares", "element")):
+        made = recipe(compensate=compensate, criterion=criterion)
+        done = prune_in_steps(tiny_model("llama"), None, DATA, 0.4, made)
+        assert done.plan.layers == plans[False].layers or criterion != "saap"
+        assert "compensated_scores" not in done.plan.settings
 
 
 def test_every_step_and_every_stage_of_it_is_counted() -> None:
