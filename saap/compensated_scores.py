@@ -23,7 +23,7 @@ from saap.scores import Scores
 from saap.stream import Streaming, resolve_streaming
 from saap.units import IN_PARTS, MODULES, Units, discover, module_of
 
-COPIES = 4  # of a Gram matrix in float64 that backward elimination holds at once
+COPIES = 4  # of a Gram matrix, and of the weight, that backward elimination holds at once in float64
 
 
 def compensated_scores(
@@ -43,8 +43,9 @@ def compensated_scores(
 
     A score says what removing a unit alone costs. What of its output the inputs of o or down that stay can give
     instead costs nothing, and what else may go depends on what went: ``costs_in_turn`` removes unit after unit of
-    every Linear, and each keeps that share of its score that its removal still takes from the Linear's output in
-    its turn. Inputs are those of the dense model over the calibration text, whose arguments are those of
+    every Linear, and each gets its score times what its removal takes from the Linear's output in its turn, as a
+    share of what it would take alone. Meant for scores that grow with the square of what is removed, as
+    second-order ones do. Inputs are those of the dense model over the calibration text, whose arguments are those of
     ``calibrate``, in one forward pass; Gram matrices are damped and centred as with dense inputs in ``compensation``,
     and summed over the ranks of a torch.distributed group. Of a mixture of experts every expert is taken by itself over
     the tokens that the router sends it, and one without tokens keeps its scores. Fluctuations stay as they are.
@@ -52,9 +53,11 @@ def compensated_scores(
     Memory beyond the model: one block's Gram matrices in float64, four times the largest of them, and the hidden
     states on the host. ``progress(done, total)`` counts this process's sequences times blocks. The model is left as
     found.
-    Raises ValueError before the pass for scores of another model and arguments or data that do not fit, and naming
-    the layer for weights, hidden states or inputs that are not finite.
+    Raises ValueError before the pass for scores of another model, or that are compensated already, and for arguments
+    or data that do not fit; during it, naming the layer, for weights, hidden states or inputs that are not finite.
     """
+    if scores.settings.get("compensated_scores"):
+        raise ValueError("expected scores as a criterion gives them; these are compensated already")
     units = discover(model)
     scores.units.check_same(units, "these scores belong to")
     check_sizes(model, samples, seq_len, batch_size)
@@ -131,13 +134,20 @@ def _costs(sums: NormalEquations, linear: Any, losses: Tensor, name: str) -> Ten
     if not sums.tokens:  # an expert that none was routed to
         return losses
     gram = sums.damped(linear.bias is not None, name)
-    return losses if gram is None else costs_in_turn(gram, linear.weight, losses).to(CPU)
+    if gram is None:
+        return losses
+    # one rank decides: another device, or number of threads, may round a tie to the other side
+    first = distributed.rank() == 0
+    found = costs_in_turn(gram, linear.weight, losses) if first else gram.new_zeros(len(losses))
+    distributed.sum_over_ranks(found)
+    return found.to(CPU)
 
 
 def _gram_bytes(units: Units) -> int:
-    """Bytes of one layer's Gram matrices and what backward elimination of the largest takes beside it, float64."""
+    """Bytes of one layer's Gram matrices, float64 and a micro-batch's in fp32, and of what the largest takes beside."""
     largest = 0
     for sizes in units.layers:
-        attention, mlp = (sizes.query_heads * sizes.head_dim) ** 2, sizes.intermediate_size**2
-        largest = max(largest, attention + mlp * max(1, sizes.experts) + COPIES * max(attention, mlp))
-    return 8 * largest
+        inputs = [sizes.query_heads * sizes.head_dim, *[sizes.intermediate_size] * max(1, sizes.experts)]
+        beside = 8 * COPIES * max(inputs) * (max(inputs) + sizes.hidden_size)
+        largest = max(largest, 12 * sum(each**2 for each in inputs) + beside)
+    return largest

@@ -73,7 +73,10 @@ class NormalEquations:
         return change, shift
 
     def damped(self, affine: bool, name: str = "the matrix") -> Tensor | None:
-        """The Gram matrix (K, K) as ``solve`` with damping "auto" inverts it, or None where all inputs are zero."""
+        """The Gram matrix (K, K) as ``solve`` with damping "auto" inverts it, or None where all inputs are zero.
+
+        ``gram`` itself is overwritten.
+        """
         self._centre(affine, name)
         return None if self._factor(len(self.gram) / self.tokens, name) is None else self.gram
 

@@ -22,6 +22,7 @@ from saap.units import Units, discover
 from saap.warm_statistics import Sequences, left_after
 
 COMPENSATION_OPTIONS = ("samples", "seq_len", "batch_size", "seed", "stream")  # those that calibration has too
+WITHOUT_LOSS = ("random", "block_influence")  # criteria of no unit's own output
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Recipe:
     With ``step_samples`` statistics stay warm: every step after the first measures that many new sequences, packed
     behind those of the steps before, and adds them to what pruning left of the statistics so far. Otherwise each
     step calibrates from nothing on the sequences of the first. ``compensated_scores`` has the search go by what
-    least squares cannot make up for; "auto" does for the criterion that gains by it at every ratio,
-    "saap".
+    least squares cannot make up for; "auto" does where it was measured to help: criterion "saap", ranked
+    globally or uniformly.
     """
 
     criterion: str | Criterion = "saap"
@@ -45,12 +46,16 @@ class Recipe:
     compensated_scores: bool | str = "auto"
 
     def __post_init__(self) -> None:
-        if self.compensated_scores not in (True, False, "auto"):
+        if self.compensated_scores != "auto" and not isinstance(self.compensated_scores, bool):
             raise ValueError(f'compensated_scores must be True, False or "auto"; got {self.compensated_scores!r}')
         if self.compensated_scores is True and self.compensate != "least_squares":
             raise ValueError(
                 "compensated_scores are for what least squares makes up for: expected compensate "
                 f"'least_squares', got {self.compensate!r}"
+            )
+        if self.compensated_scores is True and self.criterion in WITHOUT_LOSS:
+            raise ValueError(
+                f"compensated_scores need a criterion that says what removing a unit costs; {self.criterion} does not"
             )
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps must be a positive integer; got {self.steps!r}")
@@ -86,7 +91,8 @@ class Recipe:
     @property
     def scores_compensated(self) -> bool:
         """Whether the search goes by compensated scores."""
-        wanted = self.criterion == "saap" if self.compensated_scores == "auto" else self.compensated_scores
+        gains = self.criterion == "saap" and self.search.get("method", "global") in ("global", "uniform")
+        wanted = gains if self.compensated_scores == "auto" else self.compensated_scores
         return bool(wanted) and self.compensate == "least_squares"
 
     @property

@@ -78,7 +78,8 @@ CompensationInputs = Annotated[
 CompensatedScores = Annotated[
     Literal["auto", "on", "off"],
     typer.Option(
-        help="Search by what least squares cannot make up for (one more pass). auto: with least_squares and saap."
+        help="Search by what least squares cannot make up for (one more pass). auto: with least_squares, for "
+        "criterion saap and the methods global and uniform."
     ),
 ]
 Steps = Annotated[int, typer.Option(help="Prune in so many steps, calibrating again after each; needs --data.")]

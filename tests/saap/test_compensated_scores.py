@@ -107,6 +107,13 @@ def test_what_does_not_fit_is_refused_before_the_pass() -> None:
     before = scored(model)
     with pytest.raises(ValueError, match="samples"):
         saap.compensated_scores(before, model, data=DATA, samples=0)
+    with pytest.raises(ValueError, match="these are compensated already"):
+        saap.compensated_scores(saap.compensated_scores(before, model, **OPTIONS), model, **OPTIONS)
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    model = tiny_model("llama")
+    before = scored(model)
     with torch.no_grad():
         parts_of(model)[1, "down"].weight[0, 0] = float("nan")
     broken = replace(before, units=discover(model))  # calibration would have refused the model
@@ -129,11 +136,21 @@ def test_least_squares_follows_a_search_by_compensated_scores_unless_told_otherw
     model = tiny_model("llama")
     wanted = saap.search(saap.compensated_scores(scored(model), model, **OPTIONS), 0.4, multiple=8, ratio_of="blocks")
     assert plans["auto"].layers == wanted.layers
-    for compensate, criterion in (("none", "saap"), ("bias", "saap"), ("least_squares", "element")):
-        made = recipe(compensate=compensate, criterion=criterion)
-        done = prune_in_steps(tiny_model("llama"), None, DATA, 0.4, made)
-        assert done.plan.layers == plans[False].layers or criterion != "saap"
-        assert "compensated_scores" not in done.plan.settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "compensated"),
+    [
+        ({"compensate": "none"}, False),
+        ({"compensate": "bias"}, False),
+        ({"compensate": "least_squares", "criterion": "element"}, False),
+        ({"compensate": "least_squares", "search": {"method": "standardised"}}, False),
+        ({"compensate": "least_squares", "search": {"method": "uniform"}}, True),
+        ({"compensate": "least_squares", "criterion": "element", "compensated_scores": True}, True),
+    ],
+)
+def test_scores_are_compensated_where_that_was_measured_to_help(changes, compensated: bool) -> None:
+    assert Recipe(**changes).scores_compensated == compensated
 
 
 def test_every_step_and_every_stage_of_it_is_counted() -> None:
@@ -150,6 +167,8 @@ def test_every_step_and_every_stage_of_it_is_counted() -> None:
     [
         ({"compensated_scores": "yes"}, "compensated_scores must be True, False or \"auto\"; got 'yes'"),
         ({"compensated_scores": True}, "expected compensate 'least_squares', got 'none'"),
+        ({"compensated_scores": 1}, 'must be True, False or "auto"; got 1'),
+        ({"compensated_scores": True, "compensate": "least_squares", "criterion": "random"}, "random does not"),
         ({"compensated_scores": True, "compensate": "bias"}, "expected compensate 'least_squares', got 'bias'"),
     ],
 )
