@@ -46,7 +46,7 @@ def fit_micro_batches(
     recomputation if all sequences, or ``ENOUGH_BATCH_TOKENS`` tokens, fit so; a power of two unless all fit, so
     that a little more or less free memory changes no rounding. ``streamed_bytes``, when blocks are streamed, is
     what their weights will take; then only one block's activations are on the device. With ``one_pass`` all are one
-    micro-batch: ValueError when even recomputation leaves no room for its activations.
+    micro-batch: ValueError where its activations, recomputed if ``checkpoint`` lets them be, find no room.
     """
     if one_pass:
         batch_size = samples

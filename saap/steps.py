@@ -177,12 +177,16 @@ def prune_in_steps(
         statistics = scores = None
     stages.end()
     assert done is not None  # there is a step at least
-    if recipe.steps > 1:
-        settings = done.plan.settings | {"ratio": ratio, "budget": None, "steps": recipe.steps}
-        settings |= {} if sequences is None else {"step_samples": sequences.each}
-        done = Stepped(model, Plan(units, done.plan.layers, settings), done.statistics, done.scores)
-        object.__setattr__(model, PLAN_ATTRIBUTE, done.plan)
-    return done
+    return done if recipe.steps == 1 else _as_one(done, units, ratio, recipe, sequences)
+
+
+def _as_one(done: Stepped, units: Units, ratio: float, recipe: Recipe, sequences: Sequences | None) -> Stepped:
+    """With a plan that says what all steps together were asked for, on the model too."""
+    settings = done.plan.settings | {"ratio": ratio, "budget": None, "steps": recipe.steps}
+    settings |= {} if sequences is None else {"step_samples": sequences.each}
+    plan = Plan(units, done.plan.layers, settings)
+    object.__setattr__(done.model, PLAN_ATTRIBUTE, plan)
+    return Stepped(done.model, plan, done.statistics, done.scores)
 
 
 def _calibrated(

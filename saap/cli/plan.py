@@ -63,6 +63,9 @@ def plan(
 ) -> None:
     """Turn statistics into a plan: JSON that you can read, edit and apply. Needs no model.
 
+    Without one the search cannot go by what least squares will make up for, as `saap prune --compensate least_squares`
+    does.
+
     Example: `saap plan my-llama.stats.safetensors --ratio 0.3 --out plan.json`, then
     `saap prune my-llama --plan plan.json --out my-llama-30`
     """
