@@ -1,6 +1,7 @@
 """Scores by what least squares cannot make up for: against materialised inputs, and what must not change them."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,3 +176,24 @@ def test_every_step_and_every_stage_of_it_is_counted() -> None:
 def test_choices_that_do_not_go_together_are_refused(changes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe(**changes)
+
+
+def _ranked(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'join'}", rank=rank, world_size=2)
+    model = tiny_model("llama")
+    before = replace(torch.load(folder / "scores.pt", weights_only=False), units=discover(model))
+    found = saap.compensated_scores(before, model, **OPTIONS)
+    torch.save((found.attention, found.mlp), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_share_the_sequences_and_have_equal_scores(tmp_path) -> None:
+    model = tiny_model("llama")
+    before = scored(model)
+    torch.save(before, tmp_path / "scores.pt")
+    torch.multiprocessing.spawn(_ranked, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    alone = saap.compensated_scores(before, model, **OPTIONS)
+    for mine, theirs, wanted in zip(first, second, (alone.attention, alone.mlp), strict=True):
+        assert torch.equal(mine, theirs)
+        torch.testing.assert_close(mine, wanted, rtol=1e-8, atol=0)  # float64; sums in another order
