@@ -2,8 +2,8 @@
 
 Rows compare with the dense model; each is the mean over calibration seeds. Statistics and compensation of a
 seed read the same 128 sequences of 256 tokens, disjoint from the text. Some rows have little calibration
-text, where damping matters. The last are about FLAP's bias, of one seed, on both shipped models: on the selection text
-and on the very sequences whose means it restores.
+text, where damping matters; others have plans by plain and by compensated scores. The last are about FLAP's bias,
+of one seed, on both shipped models: on the selection text and on the very sequences whose means it restores.
 """
 
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from benchmarks.tasks import run
 from saap.calibrate import calibrate
 from saap.compact import compact
 from saap.compensate import Compensation, compensation
+from saap.compensated_scores import compensated_scores
 from saap.criteria import score
 from saap.data import load_documents, pack
 from saap.evaluate import perplexity
@@ -41,6 +42,7 @@ LITTLE = {f"{n} sequences, damping {d}": {"damping": d, "samples": n} for n in (
 
 def measure(quick: bool) -> Iterator[Row]:
     yield from of_shipped_model(quick)
+    yield from of_scores(quick)
     for name in ("small_qwen2",) if quick else ("small_model", "small_qwen2"):
         yield from of_bias(name, quick)
 
@@ -67,6 +69,26 @@ def of_shipped_model(quick: bool) -> list[Row]:
                 case = f"selection, {ratio:.0%} of blocks: pruned inputs, damping x {caution:g}, first seed"
                 found.setdefault(case, []).append(perplexity(pruned, tokenizer, documents))
     return [Row.compare(case, mean(values), dense, "ppl") for case, values in found.items()]
+
+
+def of_scores(quick: bool) -> Iterator[Row]:
+    """Least squares after a search by plain scores, and by compensated ones of much and of little text; first seed."""
+    model, tokenizer = load_model()
+    ids = held_out(tokenizer, "selection", 512 if quick else 20_480)
+    dense, given = perplexity(model, tokenizer, [ids]), {"samples": 4 if quick else 128, "seq_len": 256, "seed": 0}
+    statistics = calibrate(model, tokenizer, CALIBRATION, **given)
+    for name, options in {"saap": {}, "vector": {"order": "second"}}.items():
+        plain = score(statistics, name, **options)
+        scores = {"plain scores": plain}
+        for samples in (2,) if quick else (128, 16):
+            of_text = compensated_scores(plain, model, tokenizer, CALIBRATION, **given | {"samples": samples})
+            scores[f"compensated scores of {samples} sequences"] = of_text
+        for ratio in (0.2,) if quick else (0.2, 0.35, 0.5):
+            for case, found in scores.items():
+                plan = search(found, ratio, ratio_of="blocks")
+                new = compensation(model, plan, tokenizer, CALIBRATION, **given)
+                after = perplexity(compact(model, plan, new, copy=True), tokenizer, [ids])
+                yield Row.compare(f"selection, {ratio:.0%} of blocks: {name}, {case}", after, dense, "ppl")
 
 
 def of_bias(name: str, quick: bool) -> Iterator[Row]:

@@ -130,16 +130,11 @@ def _pipelines() -> list[Case]:
         ),
         *(
             Case(
-                f"{name}, least squares, {PLAIN if not scores else 'compensated scores'}",
-                "pipelines",
-                criterion,
-                {},
-                "least_squares",
-                compensated_scores=scores,
-            )  # fmt: skip
+                f"{name}, least squares, {how}", "pipelines", criterion, {}, "least_squares", compensated_scores=scores
+            )
             for name, criterion in GRID_CRITERIA.items()
             if name not in ("saap", "FLAP")
-            for scores in (False, True)
+            for how, scores in ((PLAIN, False), ("compensated scores", True))
         ),
     ]
 
@@ -163,7 +158,7 @@ def _grid() -> list[Case]:
             {"method": search},
             *column,
             compensated_scores=name == "saap" and column[0] == "least_squares",
-        )  # fmt: skip
+        )
         for column in GRID_COLUMNS
         for search in GRID_SEARCHES
         for name, criterion in GRID_CRITERIA.items()

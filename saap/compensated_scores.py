@@ -50,9 +50,9 @@ def compensated_scores(
     and summed over the ranks of a torch.distributed group. Of a mixture of experts every expert is taken by itself over
     the tokens that the router sends it, and one without tokens keeps its scores. Fluctuations stay as they are.
 
-    Memory beyond the model: one block's Gram matrices in float64, four times the largest of them, and the hidden
-    states on the host. ``progress(done, total)`` counts this process's sequences times blocks. The model is left as
-    found.
+    Memory beyond the model: one block's Gram matrices in float64, four times the largest of them and its Linear's
+    weight, and the hidden states on the host. ``progress(done, total)`` counts this process's sequences times blocks.
+    The model is left as found.
     Raises ValueError before the pass for scores of another model, or that are compensated already, and for arguments
     or data that do not fit; during it, naming the layer, for weights, hidden states or inputs that are not finite.
     """

@@ -26,8 +26,8 @@ def evaluate_baselines(
     """Prune a copy of the dense ``model`` by each criterion in turn and evaluate it on ``text``.
 
     One copy exists at a time; ``model`` is left alone. Everything but the criterion is as ``recipe`` says,
-    compensation and steps included; ``compensated_scores`` "auto" is
-    off for most. Raises what ``prune_in_steps`` and ``evaluate`` raise.
+    compensation and steps included; ``compensated_scores`` "auto" is off for most. Raises what ``prune_in_steps`` and
+    ``evaluate`` raise.
     """
     found = []
     for name in names:

@@ -199,7 +199,7 @@ class Job:
     def _bar(self, key: float | None, given: bool) -> Iterator[Stages]:
         """One bar for all stages of one ratio, or of the plan file (None)."""
         recipe, name = self.recipe(), f"{self.targets()[key].name}, " if len(self.ratios) > 1 else ""
-        kinds = recipe.kinds if key is not None else tuple(kind for kind in recipe.kinds if kind != "score")
+        kinds = tuple(kind for kind in recipe.kinds if key is not None or kind != "score")  # a plan is not scored
         stages = Stages(recipe.steps, kinds, given or key is None)
         unit = (
             "sequences x blocks"
