@@ -10,14 +10,22 @@ from saap_kernels.calibration import (
     weight_salience,
     weight_salience_both,
 )
+from saap_kernels.inference import gated_linear, gated_mlp, linear
+from saap_kernels.packed import PackedWeight, pack, unpack
 
 __all__ = [
+    "PackedWeight",
     "activation_salience",
     "activation_salience_statistics",
     "activation_statistics",
     "available_backends",
     "check_spans",
     "coupled_salience",
+    "gated_linear",
+    "gated_mlp",
+    "linear",
+    "pack",
+    "unpack",
     "use_backend",
     "weight_salience",
     "weight_salience_both",

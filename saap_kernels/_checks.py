@@ -27,6 +27,10 @@ def check_matrix(name: str, tensor: Tensor, shape: tuple[int | None, int | None]
 def check_vector(name: str, tensor: Tensor, length: int, like: Tensor) -> None:
     if tensor.ndim != 1 or tensor.shape[0] != length:
         raise ValueError(f"{name}: expected shape ({length},), got {tuple(tensor.shape)}")
+    check_device(name, tensor, like)
+
+
+def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {tensor.device}")
 
@@ -34,8 +38,7 @@ def check_vector(name: str, tensor: Tensor, length: int, like: Tensor) -> None:
 def check_like(name: str, tensor: Tensor, like: Tensor | None) -> None:
     if like is None:
         return
-    if tensor.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device}, got {tensor.device}")
+    check_device(name, tensor, like)
     if tensor.dtype != like.dtype:
         raise ValueError(f"{name}: expected dtype {like.dtype}, got {tensor.dtype}")
 
