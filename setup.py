@@ -16,8 +16,10 @@ import setuptools
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 
 CPU_SOURCES = ["csrc/bindings.cpp", "csrc/activation_sums.cpp", "csrc/salience_reduce.cpp"]
-CUDA_SOURCES = ["csrc/activation_sums.cu", "csrc/weight_salience.cu"]
-CUDA_HEADERS = ["csrc/kernels.h", "csrc/device.cuh"]
+_CUDA = ("activation_sums", "weight_salience", "linear_decode", "linear_decode_f32")
+_HEADERS = ("device", "linear_decode", "linear_decode_stage", "linear_decode_multiply")
+CUDA_SOURCES = [f"csrc/{name}.cu" for name in _CUDA]
+CUDA_HEADERS = ["csrc/kernels.h", *(f"csrc/{name}.cuh" for name in _HEADERS)]
 DEFAULT_ARCHS = "80;90a"
 
 
