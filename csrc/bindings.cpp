@@ -120,10 +120,10 @@ PYBIND11_MODULE(_C, m) {
     const auto tile = saap::linear_decode_tile();
     return py::make_tuple(tile.lines, tile.stage_bytes, tile.x_elements);
   });
-  m.def("linear_decode", [](uintptr_t x, int64_t x_pitch, int64_t tokens, uintptr_t weight, int64_t weight_pitch,
-                            int64_t weight_half, int64_t rows, int64_t columns, int bits, uintptr_t scale,
-                            uintptr_t zero, int64_t scale_half, int group, int64_t groups, int scale_dtype,
-                            uintptr_t bias, int activation, int64_t slices, int64_t splits, uintptr_t partial,
+  m.def("linear_decode", [](uintptr_t x, int64_t x_pitch, int tokens, uintptr_t weight, int64_t weight_pitch,
+                            int64_t weight_half, int64_t rows, int columns, int bits, uintptr_t scale,
+                            uintptr_t zero, int64_t scale_half, int group, int groups, int scale_dtype,
+                            uintptr_t bias, int activation, int slices, int splits, uintptr_t partial,
                             uintptr_t result, int64_t result_pitch, int dtype, uintptr_t stream) {
     check(saap::linear_decode({address<const void>(x), x_pitch, tokens, address<const void>(weight), weight_pitch,
                                weight_half, rows, columns, bits, address<const void>(scale), address<const void>(zero),

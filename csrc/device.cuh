@@ -31,6 +31,9 @@ __device__ inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t w
   return __byte_perm(low, high, which);
 }
 
+// Keeps a value in its register: compilers would rather compute it again in every round of a loop.
+__device__ inline void keep(int& v) { asm volatile("" : "+r"(v)); }
+
 // Two 16-bit differences in one register.
 __device__ inline uint32_t subtract_pairs(uint32_t a, uint32_t b, half) {
   const __half2 difference = __hsub2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));

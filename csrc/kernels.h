@@ -97,23 +97,23 @@ enum class Activation : int { none = 0, silu = 1, gelu_tanh = 2 };
 struct LinearDecode {
   const void* x;  // (tokens, columns)
   int64_t x_pitch;
-  int64_t tokens;
+  int tokens;
   const void* weight;  // (halves, rows and their padding, weight_pitch), zeros beyond rows and columns
   int64_t weight_pitch;  // bytes, whole 16
   int64_t weight_half;   // bytes from a gate's row to the up projection's
   int64_t rows;
-  int64_t columns;
+  int columns;
   int bits;           // 16: of dtype; 8 and 4: scale * q + zero
   const void* scale;  // (halves, rows and their padding, groups) of scale_dtype, or null
   const void* zero;
   int64_t scale_half;  // elements from a gate's row to the up projection's
   int group;           // columns, a multiple of 32
-  int64_t groups;
+  int groups;
   Dtype scale_dtype;
   const void* bias;       // (halves, rows) of dtype, or null
   Activation activation;  // none: there is no up projection
-  int64_t slices;         // 16-bit dtypes: warps that share a row's columns, 1, 2, 4 or 8
-  int64_t splits;         // 16-bit dtypes: blocks that do
+  int slices;         // 16-bit dtypes: warps that share a row's columns, 1, 2, 4 or 8
+  int splits;         // 16-bit dtypes: blocks that do
   float* partial;         // (splits, halves, tokens, rows), used for several splits
   void* result;           // (tokens, rows); of a gated product with zeros up to the pitch, a multiple of 64
   int64_t result_pitch;

@@ -58,43 +58,53 @@ int64_t blocks_of(const LinearDecode& a) {
   return ((a.activation == Activation::none ? a.rows : a.result_pitch) + rows - 1) / rows;
 }
 
-template <typename T, int Bits, int Tiles>
+template <typename T, int Bits, int Tiles, bool Whole>
 __global__ void __launch_bounds__(kThreads<Tiles>, 2) linear_decode_kernel(LinearDecode a) {
-  const int lines = kLines / int(a.slices), rows = is_gated(a) ? lines / 2 : lines;
-  const int64_t block = blockIdx.x / a.splits, split = blockIdx.x % a.splits;
+  const int lines = kLines / a.slices, columns = a.slices * kStageColumns<Bits>;
+  const int64_t block = blockIdx.x / unsigned(a.splits);
+  const int split = int(blockIdx.x % unsigned(a.splits)), rounds = (a.columns + columns - 1) / columns;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Place at{lane, lane / 4, lane % 4, warp, warp % int(a.slices),
-                 warp / int(a.slices) * kTileLines * Tiles, block * rows};
-  const int chunks = int(a.slices) * kStageColumns<Bits> / 8;
-  const int stage_bytes = kWeightBytes + int(a.tokens) * chunks * 16;
-  const int64_t columns = a.slices * kStageColumns<Bits>, rounds = (a.columns + columns - 1) / columns;
-  const int64_t first = rounds * split / a.splits, last = rounds * (split + 1) / a.splits;
-  char* stages = dynamic_shared();
-  const auto stage_of = [&](int64_t round) { return stages + (round - first) % kStages * stage_bytes; };
-  const auto copy_round = [&](int64_t round) {
-    if (round < last) {
-      copy_weight<Tiles>(a, at, stage_of(round), round);
-      copy_x<T, kThreads<Tiles>>(a, stage_of(round) + kWeightBytes, round, chunks);
-    }
+  const Place at{lane, lane / 4, lane % 4, warp, warp % a.slices, warp / a.slices * kTileLines * Tiles,
+                 block * (is_gated(a) ? lines / 2 : lines)};
+  const int first = rounds * split / a.splits, last = rounds * (split + 1) / a.splits;
+  const int stage_bytes = kWeightBytes + a.tokens * columns * 2, all_bytes = kStages * stage_bytes;
+  char* shared = dynamic_shared();
+  Copier<T, Bits, Tiles> copier(a, at, first);
+  int filled = 0;  // offset of the stage that is filled next
+  const auto copy_round = [&](int round) {
+    if (round < last) copier.copy_round(a, shared + filled);
     commit_copies();
+    filled = filled + stage_bytes == all_bytes ? 0 : filled + stage_bytes;
   };
-  for (int64_t round = first; round < first + kStages - 1; ++round) copy_round(round);
+#pragma unroll 1
+  for (int round = first; round < first + kStages - 1; ++round) copy_round(round);
 
-  Sums<Tiles> total = {};
-  Scales<Bits == 16 ? 8 : Bits, Tiles> scales, next;
-  if constexpr (Bits != 16) next.load(a, at, first_column<Bits>(a, at, first));
-  for (int64_t round = first; round < last; ++round) {
-    wait_for_copies_but<kStages - 2>();
-    synchronise();  // everybody's copies are here, and the stage that is filled next has been read
-    copy_round(round + kStages - 1);
-    const Stage<T, Bits, Tiles> stage(a, at, stage_of(round), round);
-    if constexpr (Bits == 16) {
-      multiply_stage<T, Tiles>(total, a, at, stage);
-    } else {
-      scales = next;
-      next.load(a, at, first_column<Bits>(a, at, round + 1));
-      multiply_stage<T, Bits, Tiles>(total, a, at, stage, scales);
+  const auto each_round = [&](const auto& multiply) {
+    int stage = 0;
+#pragma unroll 1
+    for (int round = first; round < last; ++round) {
+      wait_for_copies_but<kStages - 2>();
+      synchronise();  // everybody's copies are here, and the stage that is filled next has been read
+      copy_round(round + kStages - 1);
+      multiply(stage);
+      stage = stage + stage_bytes == all_bytes ? 0 : stage + stage_bytes;
     }
+  };
+
+  const Reader<T, Bits, Tiles> reader(a, at);
+  Sums<Tiles> total = {};
+  if constexpr (Bits == 16) {
+    each_round([&](int stage) { multiply_stage<T, Tiles>(total, shared, stage, reader); });
+  } else {
+    ScaleReader<T, Bits, Tiles, Whole> scale_reader(a, at, first);
+    Scales<T, Bits, Tiles, Whole> next;
+    scale_reader.load_round(next, a);
+    each_round([&](int stage) {
+      Scales<T, Bits, Tiles, Whole> scales = next;
+      scales.convert(a.scale_dtype == Dtype::f32);
+      scale_reader.load_round(next, a);
+      multiply_stage<T>(total, a, shared, stage, at, reader, scales);
+    });
   }
   synchronise();  // the stages have been read; no copy is left
   store_block<T, Tiles>(a, at, total, lines, split);
@@ -116,21 +126,24 @@ __global__ void __launch_bounds__(128) sum_splits(LinearDecode a) {
   store_result<T>(a, token, row, sum, up);
 }
 
-template <typename T, int Bits, int Tiles>
+template <typename T, int Bits, int Tiles, bool Whole>
 int run(const LinearDecode& a) {
-  const int x_bytes = int(a.tokens * a.slices) * kStageColumns<Bits> * 2;
-  return launch(linear_decode_kernel<T, Bits, Tiles>, dim3(unsigned(blocks_of(a) * a.splits)), kThreads<Tiles>,
+  const int x_bytes = a.tokens * a.slices * kStageColumns<Bits> * 2;
+  return launch(linear_decode_kernel<T, Bits, Tiles, Whole>, dim3(unsigned(blocks_of(a) * a.splits)), kThreads<Tiles>,
                 kStages * (kWeightBytes + x_bytes), a.stream, a);
 }
 
-template <typename T, int Bits>
+template <typename T, int Bits, bool Whole>
 int run(const LinearDecode& a) {
-  return a.tokens > 8 ? run<T, Bits, 2>(a) : run<T, Bits, 1>(a);
+  return a.tokens > 8 ? run<T, Bits, 2, Whole>(a) : run<T, Bits, 1, Whole>(a);
 }
 
 template <typename T>
 int run(const LinearDecode& a) {
-  const int error = a.bits == 16 ? run<T, 16>(a) : a.bits == 8 ? run<T, 8>(a) : run<T, 4>(a);
+  const bool whole = a.bits == 16 || a.group % 128 == 0;
+  const int error = a.bits == 16  ? run<T, 16, true>(a)
+                    : a.bits == 8 ? (whole ? run<T, 8, true>(a) : run<T, 8, false>(a))
+                                  : (whole ? run<T, 4, true>(a) : run<T, 4, false>(a));
   if (error != cudaSuccess || a.splits == 1) return error;
   const int64_t extent = a.activation == Activation::none ? a.rows : a.result_pitch;
   return launch(sum_splits<T>, dim3(unsigned((a.tokens * extent + 127) / 128)), 128, 0, a.stream, a);

@@ -33,19 +33,21 @@ __device__ inline void store_result(const LinearDecode& a, int64_t token, int64_
   *result = T(sum);
 }
 
-// A scale or zero as it is stored, so that a load in advance is waited for only where its value is used.
-__device__ inline uint32_t load_stored(const void* values, int64_t index, Dtype dtype) {
-  return dtype == Dtype::f32 ? static_cast<const uint32_t*>(values)[index] : static_cast<const uint16_t*>(values)[index];
-}
-__device__ inline float from_stored(uint32_t stored, Dtype dtype) {
-  if (dtype == Dtype::f16) {
-    Pair<half> pair{stored};
-    return pair.get(0);
-  }
-  const uint32_t bits = dtype == Dtype::bf16 ? stored << 16 : stored;
+__device__ inline float as_float(uint32_t bits) {
   float value;
   memcpy(&value, &bits, 4);
   return value;
+}
+__device__ inline uint32_t as_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+// The bits of a scale or zero in fp32 (wide) or in 16 bits. Their conversion, later, waits for the load.
+__device__ inline uint32_t load_stored(const char* address, bool wide) {
+  if (wide) return *reinterpret_cast<const uint32_t*>(address);
+  return *reinterpret_cast<const uint16_t*>(address);
 }
 
 int linear_decode_f32(const LinearDecode& arguments);

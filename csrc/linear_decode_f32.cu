@@ -30,6 +30,12 @@ struct Chunk {
   }
 };
 
+__device__ inline float load_scale(const void* values, int64_t index, Dtype dtype) {
+  if (dtype == Dtype::f16) return to_float(static_cast<const half*>(values)[index]);
+  if (dtype == Dtype::bf16) return to_float(static_cast<const bfloat16*>(values)[index]);
+  return static_cast<const float*>(values)[index];
+}
+
 // The sums of one row of one half; lane t gets that of token t.
 template <int Bits, int Tokens>
 __device__ inline float multiply_row(const LinearDecode& a, int64_t half, int64_t row) {
@@ -46,8 +52,7 @@ __device__ inline float multiply_row(const LinearDecode& a, int64_t half, int64_
       float scale = 1.0f, zero = 0.0f;
       if constexpr (Bits != 32) {  // a run lies in one group
         const int64_t index = half * a.scale_half + row * a.groups + int(weights.column(chunk, start)) / a.group;
-        scale = from_stored(load_stored(a.scale, index, a.scale_dtype), a.scale_dtype);
-        zero = from_stored(load_stored(a.zero, index, a.scale_dtype), a.scale_dtype);
+        scale = load_scale(a.scale, index, a.scale_dtype), zero = load_scale(a.zero, index, a.scale_dtype);
       }
 #pragma unroll
       for (int i = start; i < start + weights.run; ++i) {

@@ -16,7 +16,7 @@ from saap_kernels.packed import PackedWeight
 from saap_kernels.reference_linear import padded_width
 from saap_kernels.splits import split_count
 
-TOKENS = 16  # the most that the kernel takes
+TOKENS, COLUMNS = 16, 1 << 28  # the most that the kernel takes
 _ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 
@@ -67,12 +67,12 @@ def most_slices(tokens: int, bits: int) -> int:
 
 
 def _takes(x: Tensor, weight: PackedWeight) -> bool:
-    """Whether the kernel computes this product."""
-    if not 1 <= len(x) <= TOKENS or x.dtype not in DTYPES or weight.data.data_ptr() % 16:
-        return False
-    return (weight.data if weight.scale is None else weight.scale).dtype in (
-        (x.dtype,) if weight.bits == 16 else DTYPES
-    )
+    """Whether the kernel computes this product: it counts columns and bytes of a row in 32 bits."""
+    stored = weight.data if weight.scale is None else weight.scale
+    fits = x.dtype in DTYPES and stored.dtype == x.dtype
+    if weight.scale is not None and not fits:
+        fits = x.dtype in DTYPES and (stored.dtype == torch.float32 or x.dtype == torch.float32 and stored.dtype in DTYPES)
+    return fits and 1 <= len(x) <= TOKENS and weight.columns <= COLUMNS and weight.data.data_ptr() % 16 == 0
 
 
 def _decode(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str | None, result: Tensor) -> None:

@@ -202,6 +202,7 @@ inline bool any_lane(bool v) {
   return any;
 }
 
+inline void keep(int&) {}
 inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t which) {
   const uint64_t both = low | uint64_t(high) << 32;
   uint32_t result = 0;
