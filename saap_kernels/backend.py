@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saap_kernels import _ext
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "library", "cpu", "triton", "cuda")  # library: torch's GEMM, of the inference ops
 _chosen: ContextVar[str | None] = ContextVar("saap_backend", default=None)
 
 
@@ -58,6 +58,7 @@ def requested() -> str | None:
 
 _FITS: dict[str, tuple[Callable[[Tensor], bool], str]] = {
     "reference": (lambda t: True, "any tensors"),
+    "library": (lambda t: True, "any tensors"),
     "cpu": (lambda t: str(t.device) == "cpu" and t.dtype.itemsize == 4, "fp32 tensors on the CPU"),
     "triton": (
         lambda t: t.dtype.itemsize <= 4 and (t.is_cuda or _ext.triton_interprets()),
@@ -76,10 +77,10 @@ def choose(op: str, implemented: Sequence[str], *tensors: Tensor) -> str:
     """
     asked, device = requested(), tensors[0].device
     if asked is None:
-        found = next((name for name in implemented if not _refusal(name, tensors)), "reference")
+        found = next((name for name in implemented if not refusal(name, tensors)), "reference")
         if found == "reference" and tensors[0].is_cuda:
             on_gpu = [name for name in implemented if name in ("triton", "cuda")]
-            _warn_of_reference("; ".join(f"{name}: {_refusal(name, tensors)}" for name in on_gpu))
+            warn_of_reference("; ".join(f"{name}: {refusal(name, tensors)}" for name in on_gpu))
         return found
     if asked not in implemented:
         raise ValueError(f"{op}: expected a backend among {', '.join(implemented)}, got {asked}")
@@ -92,7 +93,7 @@ def choose(op: str, implemented: Sequence[str], *tensors: Tensor) -> str:
     return asked
 
 
-def _refusal(name: str, tensors: Sequence[Tensor]) -> str:
+def refusal(name: str, tensors: Sequence[Tensor]) -> str:
     """Why a backend does not run these tensors without having been asked for; empty when it does."""
     fits, takes = _FITS[name]
     unfit = next((t for t in tensors if not fits(t)), None)
@@ -105,7 +106,7 @@ def _refusal(name: str, tensors: Sequence[Tensor]) -> str:
 
 
 @cache
-def _warn_of_reference(reasons: str) -> None:
+def warn_of_reference(reasons: str) -> None:
     warnings.warn(f"CUDA tensors run in plain torch, many times slower: {reasons}", stacklevel=3)
 
 

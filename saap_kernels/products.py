@@ -1,14 +1,40 @@
-"""Which path runs the inference ops: a backend's kernel, or plain torch where that is faster or all there is."""
+"""Which path runs the inference ops: a backend's kernel, or the library's GEMM where that is faster."""
 
+import sys
+from importlib import import_module
 from types import ModuleType
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from saap_kernels import reference_linear
-from saap_kernels.backend import choose
+from saap_kernels import switch_points
+from saap_kernels.backend import choose, refusal, requested, warn_of_reference
 from saap_kernels.packed import PackedWeight, of_layout
+from saap_kernels.reference_linear import padded_width
+from saap_kernels.switch_points import LIBRARY, Rungs
 
-IMPLEMENTED = ("reference",)  # in order of preference
+
+class Backend(NamedTuple):
+    """A module with the functions of ``reference_linear``, imported when it is first to run, and what it takes."""
+
+    module: str
+    most_tokens: int | None = None  # its kernels go up to so many; None: to any number
+    any_stored: bool = True  # False: only floating-point weights, scales and zeros of the dtype of x
+
+    def takes(self, x: Tensor, weight: PackedWeight) -> bool:
+        values = weight.data if weight.scale is None else weight.scale
+        return self.any_stored or values.dtype == x.dtype
+
+
+BACKENDS = {  # in order of preference; above the tokens that a backend takes, and beside it, the library runs
+    LIBRARY: Backend("library_linear"),
+    "reference": Backend("reference_linear"),
+}
+IMPLEMENTED = tuple(BACKENDS)
+
+Path = tuple[int, ModuleType]  # largest token count, and what runs up to it
+_paths: dict[tuple[object, ...], tuple[Path, ...]] = {}
 
 
 def linear(
@@ -18,7 +44,7 @@ def linear(
     weight = of_layout(data, scale, zero, layout)
     if not len(x):
         return x.new_empty(0, weight.rows)
-    return _chosen("linear", x, weight).linear(x, weight, bias)
+    return chosen("linear", x, weight).linear(x, weight, bias)
 
 
 def gated_linear(
@@ -28,8 +54,8 @@ def gated_linear(
     """(T, F), a view of rows padded with zeros, by the chosen path; arguments are checked."""
     weight = of_layout(data, scale, zero, layout)
     if not len(x):
-        return x.new_empty(0, reference_linear.padded_width(weight.rows))[:, : weight.rows]
-    return _chosen("gated_linear", x, weight).gated_linear(x, weight, bias, activation)[:, : weight.rows]
+        return x.new_empty(0, padded_width(weight.rows))[:, : weight.rows]
+    return chosen("gated_linear", x, weight).gated_linear(x, weight, bias, activation)[:, : weight.rows]
 
 
 def gated_mlp(
@@ -41,10 +67,71 @@ def gated_mlp(
     gate_up, down = of_layout(data, scale, zero, layout), of_layout(down_data, down_scale, down_zero, down_layout)
     if not len(x):
         return x.new_empty(0, down.rows)
-    h = _chosen("gated_linear", x, gate_up).gated_linear(x, gate_up, bias, activation)
-    return _chosen("linear", h, down).linear_of_padded(h, down, down_bias)
+    h = chosen("gated_linear", x, gate_up).gated_linear(x, gate_up, bias, activation)
+    return chosen("linear", h, down).linear_of_padded(h, down, down_bias)
 
 
-def _chosen(op: str, x: Tensor, weight: PackedWeight) -> ModuleType:
-    """The module that runs ``op``; all have the functions of ``reference_linear``."""
-    return {"reference": reference_linear}[choose(op, IMPLEMENTED, x)]
+def chosen(op: str, x: Tensor, weight: PackedWeight) -> ModuleType:
+    """The module that runs ``op``: what is asked for, for as many tokens as it takes, or the measured path."""
+    if requested() is not None:
+        return _asked(op, x, weight)
+    threads = torch.get_num_threads() if x.device.type == "cpu" else 0
+    kind = (op, x.device, x.dtype, weight.data.dtype, _scale_dtype(weight), switch_points.size_class(weight), threads)
+    paths = _paths.get(kind)
+    if paths is None:
+        paths = _paths[kind] = _found_paths(op, x, weight)
+    tokens = len(x)
+    return next(module for most, module in paths if tokens <= most)
+
+
+def forget() -> None:
+    """Choose paths anew, after switch points were measured or their file changed."""
+    _paths.clear()
+
+
+def kernels_for(x: Tensor, weight: PackedWeight) -> dict[str, int | None]:
+    """The backends other than plain torch that run this product here unasked, best first, and up to how many tokens."""
+    return {
+        name: backend.most_tokens
+        for name, backend in BACKENDS.items()
+        if name not in (LIBRARY, "reference") and backend.takes(x, weight) and not refusal(name, (x,))
+    }
+
+
+def module_of(name: str) -> ModuleType:
+    """Of a backend, imported when it is first to run."""
+    return import_module(f"saap_kernels.{BACKENDS[name].module}")
+
+
+def _asked(op: str, x: Tensor, weight: PackedWeight) -> ModuleType:
+    name = choose(op, IMPLEMENTED, x)
+    backend = BACKENDS[name]
+    if not backend.takes(x, weight):
+        raise ValueError(f"{op}: backend {name} takes weights and scales of the dtype of x, {x.dtype}")
+    beyond = backend.most_tokens is not None and len(x) > backend.most_tokens
+    return module_of(LIBRARY if beyond else name)
+
+
+def _found_paths(op: str, x: Tensor, weight: PackedWeight) -> tuple[Path, ...]:
+    """As measured, or by the rule where that is not known or cannot run here."""
+    kernels = kernels_for(x, weight)
+    if x.is_cuda and not kernels and weight.bits != 16:
+        names = [name for name in ("cuda", "triton") if name in BACKENDS]
+        warn_of_reference("; ".join(f"{name}: {refusal(name, (x,))}" for name in names))
+    rungs = switch_points.measured_rungs(op, x.device, x.dtype, weight)
+    if rungs is None or not _can_run(rungs, kernels):
+        rungs = switch_points.default_rungs(x.device, weight, kernels)
+    return tuple((sys.maxsize if most is None else most, module_of(name)) for most, name in rungs)
+
+
+def _can_run(rungs: Rungs, kernels: dict[str, int | None]) -> bool:
+    """Whether every measured path still is one here, for as many tokens."""
+    limits = {LIBRARY: None, **kernels}
+    return all(
+        name in limits and (limits[name] is None or (most or sys.maxsize) <= (limits[name] or 0))
+        for most, name in rungs
+    )
+
+
+def _scale_dtype(weight: PackedWeight) -> torch.dtype | None:
+    return None if weight.scale is None else weight.scale.dtype
