@@ -21,7 +21,7 @@ ALIGNED = 8  # elements: 16 bytes of 16-bit values, what cuBLAS asks of every ex
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """(T, N): x W' + b in the dtype of x."""
-    return _product(x, weight, bias)[:, : weight.rows].contiguous()
+    return _narrow(_product(x, weight, bias), weight.rows).contiguous()
 
 
 def gated_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str) -> Tensor:
@@ -40,7 +40,7 @@ def gated_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, activatio
 
 def linear_of_padded(h: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """``linear`` of h (T, K') as ``gated_linear`` leaves it: K rounded up to 64, zero beyond K."""
-    return _product(h, weight, bias)[:, : weight.rows].contiguous()
+    return _narrow(_product(h, weight, bias), weight.rows).contiguous()
 
 
 def _stacked(weight: PackedWeight) -> PackedWeight:
@@ -52,20 +52,26 @@ def _stacked(weight: PackedWeight) -> PackedWeight:
     return PackedWeight(data, (len(data), weight.columns), weight.bits, weight.group_size, scale, zero)
 
 
+def _narrow(matrix: Tensor, columns: int) -> Tensor:
+    """Without its padding; a slice costs as much as a small product's launch."""
+    return matrix if matrix.shape[1] == columns else matrix[:, :columns]
+
+
 def _product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """(T, N) or (T, N') of x (T, K), or (T, K') with zeros beyond K; ``bias`` (N,)."""
     if x.is_cuda:
         return _whole_product(x, _values(weight, x.dtype), weight, bias)
     if weight.bits == 16 and weight.data.dtype == x.dtype and (x.dtype.itemsize > 2 or _multiplies(x.dtype)):
-        return functional.linear(x[:, : weight.columns], weight.data[: weight.rows, : weight.columns], bias)
-    return _product_by_panels(x[:, : weight.columns], weight, bias)
+        values = _narrow(weight.data, weight.columns)[: weight.rows]
+        return functional.linear(_narrow(x, weight.columns), values, bias)
+    return _product_by_panels(_narrow(x, weight.columns), weight, bias)
 
 
 def _whole_product(x: Tensor, values: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """By one GEMM over ``values`` (N', P), with the padded extents where those of the weight are not aligned."""
     rows, columns = weight.rows, weight.columns
     if columns % ALIGNED == 0:
-        x, values = x[:, :columns], values[:, :columns]
+        x, values = _narrow(x, columns), _narrow(values, columns)
     else:
         # 16-bit rows are as long as those of a padded h; quantised ones may be longer
         x = functional.pad(x, (0, values.shape[1] - x.shape[1]))

@@ -75,13 +75,19 @@ def chosen(op: str, x: Tensor, weight: PackedWeight) -> ModuleType:
     """The module that runs ``op``: what is asked for, for as many tokens as it takes, or the measured path."""
     if requested() is not None:
         return _asked(op, x, weight)
-    threads = torch.get_num_threads() if x.device.type == "cpu" else 0
-    kind = (op, x.device, x.dtype, weight.data.dtype, _scale_dtype(weight), switch_points.size_class(weight), threads)
+    scale = weight.scale
+    kind = (
+        op, weight.shape, x.device, x.dtype, weight.data.dtype, None if scale is None else scale.dtype,
+        torch.get_num_threads() if x.is_cpu else 0,
+    )  # fmt: skip
     paths = _paths.get(kind)
     if paths is None:
         paths = _paths[kind] = _found_paths(op, x, weight)
-    tokens = len(x)
-    return next(module for most, module in paths if tokens <= most)
+    tokens = x.shape[0]
+    for most, module in paths:
+        if tokens <= most:
+            return module
+    raise AssertionError("the last path has no limit")
 
 
 def forget() -> None:
@@ -131,7 +137,3 @@ def _can_run(rungs: Rungs, kernels: dict[str, int | None]) -> bool:
         name in limits and (limits[name] is None or (most or sys.maxsize) <= (limits[name] or 0))
         for most, name in rungs
     )
-
-
-def _scale_dtype(weight: PackedWeight) -> torch.dtype | None:
-    return None if weight.scale is None else weight.scale.dtype

@@ -69,25 +69,19 @@ def _warn(text: str) -> None:
     warnings.warn(text, stacklevel=4)
 
 
-def writable() -> Path:
-    """``location()``, where a table may be written. Raises ValueError where that would replace another file."""
-    path = location()
+def replaceable(path: Path) -> dict[str, Any]:
+    """The entries that a new table at ``path`` keeps. Raises ValueError where it would replace a file of others."""
     try:
-        _checked(path)
+        return _checked(path)
     except OldVersion:
-        pass  # of no use to anyone
+        return {}  # of no use to anyone
     except ValueError as error:
         raise ValueError(f"{path} is not replaced: {error}; remove it or name another file") from error
-    return path
 
 
-def write(device: str, points: Mapping[str, Rungs]) -> Path:
+def write(path: Path, device: str, points: Mapping[str, Rungs]) -> None:
     """Put ``points`` in the place of what the file holds for ``device``; a reader meets the old file or the new one."""
-    path = writable()
-    try:
-        entries = _checked(path)
-    except OldVersion:
-        entries = {}
+    entries = replaceable(path)
     entries[device] = {"versions": versions(), "points": points}
     text = json.dumps({"kind": KIND, "version": VERSION, "devices": entries}, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +93,6 @@ def write(device: str, points: Mapping[str, Rungs]) -> Path:
     except BaseException:
         os.unlink(beside)
         raise
-    return path
 
 
 def versions() -> str:

@@ -117,7 +117,10 @@ def test_every_command_teaches(command: str) -> None:
         (("--ratio", 0.2, "--samples", 4000), "samples of 16 tokens need 64000 tokens, found"),
         (("--ratio", 0.2, "--eval", "absent.txt"), "no such file: absent.txt"),
         (("--ratio", 0.2, "--statistics", "absent.safetensors"), "absent.safetensors"),
-        (("--ratio", 0.2, "--backend", "warp"), "backend: expected one of reference, cpu, triton, cuda, got 'warp'"),
+        (
+            ("--ratio", 0.2, "--backend", "warp"),
+            "backend: expected one of reference, library, cpu, triton, cuda, got 'warp'",
+        ),
     ],
 )
 def test_user_errors_are_one_line_and_write_nothing(workplace, tmp_path, arguments: tuple, message: str) -> None:
