@@ -15,7 +15,8 @@ from torch.nn import functional
 from saap_kernels.packed import PackedWeight, from_nibbles, unpacked
 from saap_kernels.reference_linear import activate
 
-PANEL_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # written out at once: 1 MiB of fp32 stays in a core's L2 cache
+PANEL_ELEMENTS = 1 << 18  # written out at once: 1 MiB of fp32 stays in a core's L2 cache
+CUDA_PANEL_ELEMENTS = 1 << 24  # 64 MiB of fp32 beside the whole weight
 ALIGNED = 8  # elements: 16 bytes of 16-bit values, what cuBLAS asks of every extent
 
 
@@ -106,7 +107,7 @@ def _values(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 def _panels(weight: PackedWeight, dtype: torch.dtype, rows: int) -> Iterator[tuple[int, Tensor]]:
     """(first row, its values (rows of the panel, P)), zero beyond K, of the first ``rows`` of a matrix."""
-    step = max(1, PANEL_ELEMENTS[weight.data.device.type] // weight.columns)
+    step = max(1, (CUDA_PANEL_ELEMENTS if weight.data.is_cuda else PANEL_ELEMENTS) // weight.columns)
     for first in range(0, rows, step):
         part = slice(first, min(first + step, rows))
         scale, zero = (None if each is None else each[part] for each in (weight.scale, weight.zero))
