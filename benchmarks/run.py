@@ -24,8 +24,10 @@ FIRST = next(iter(MODELS))  # the model whose projections are measured before an
 BENCHMARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("calibration_kernels", ("--models", FIRST)),
     ("calibrate_model", ()),
+    ("compact_gemm", ("--models", FIRST)),
     ("calibrate_streamed", ()),
     ("calibration_kernels", ("--ops", "weight_salience", "--models", *list(MODELS)[1:])),
+    ("compact_gemm", ("--models", "Llama-3-8B", "Qwen2.5-7B")),
     ("replan", ()),
     ("latency_table", ()),
     ("least_squares", ()),
