@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from saap_kernels import _ext
 from saap_kernels.packed import PackedWeight, from_nibbles, unpacked
 from saap_kernels.reference_linear import activate
 
@@ -32,6 +33,10 @@ def gated_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, activatio
     if bias is not None:
         bias = functional.pad(bias, (0, padded - weight.rows)).flatten()
     both = _product(x, stacked, bias)
+    if both.is_cuda and both.dtype.itemsize <= 4 and _ext.triton_status()[0]:
+        from saap_kernels import triton_gating
+
+        return triton_gating.gated_product(both, weight.rows, activation)
     gate, up = both[:, :padded], both[:, padded:]
     h = torch.mul(activate(gate, activation), up)
     if padded != weight.rows:

@@ -1,5 +1,11 @@
 """The library's GEMM over padded storage: a GPU's way on CPU tensors, what is copied, what stays zero."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional
@@ -96,3 +102,31 @@ def test_padding_stays_zero_beside_values_that_are_not_finite(value, bits) -> No
     x[1] = value
     h = library_linear.gated_linear(x, packed, bias, "silu")
     assert h.shape == (3, 64) and not h[:, 9:].any() and h[::2].isfinite().all() and not h[1, :9].isfinite().any()
+
+
+CASES = Path(__file__).with_name("triton_gating_cases.py")
+
+
+@pytest.mark.parametrize("options", [(), ("-p", "tests.kernels.compile_only")], ids=["interpreted", "compiled"])
+def test_fused_activation(options) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(CASES)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | ({} if options else {"TRITON_INTERPRET": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=CASES.parents[2])
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout and "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_fused_activation_moves_16_bytes_at_a_time_whatever_the_width(capability) -> None:
+    from triton import compile as triton_compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from saap_kernels.triton_gating import BLOCK, WARPS, gating_kernel
+
+    signature = {"both": "*bf16", "h": "*bf16", "width": "i32", "padded": "i32", "GELU": "constexpr"}
+    multiples = {(place,): [["tt.divisibility", 16]] for place in (0, 1, 3)}  # all but the width
+    source = ASTSource(gating_kernel, signature | {"BLOCK": "constexpr"}, {(4,): True, (5,): BLOCK}, multiples)
+    compiled = triton_compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS})
+    moved = re.findall(r"(?:ld|st)\.global\S*", compiled.asm["ptx"])
+    assert moved == ["ld.global.v4.b32", "ld.global.v4.b32", "st.global.v4.b32"]
