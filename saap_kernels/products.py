@@ -4,11 +4,11 @@ from types import ModuleType
 
 from torch import Tensor
 
-from saap_kernels import reference_linear
-from saap_kernels.backend import choose
+from saap_kernels import cpu_linear, reference_linear
+from saap_kernels.backend import INFERENCE, choose
 from saap_kernels.packed import PackedWeight, of_layout
 
-IMPLEMENTED = ("reference",)  # in order of preference
+IMPLEMENTED = ("cpu", "reference")  # in order of preference
 
 
 def linear(
@@ -47,4 +47,4 @@ def gated_mlp(
 
 def _chosen(op: str, x: Tensor, weight: PackedWeight) -> ModuleType:
     """The module that runs ``op``; all have the functions of ``reference_linear``."""
-    return {"reference": reference_linear}[choose(op, IMPLEMENTED, x)]
+    return {"cpu": cpu_linear, "reference": reference_linear}[choose(op, IMPLEMENTED, x, takes=INFERENCE)]
