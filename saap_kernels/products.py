@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saap_kernels import switch_points
-from saap_kernels.backend import choose, refusal, requested, warn_of_reference
+from saap_kernels.backend import INFERENCE, choose, refusal, requested, warn_of_reference
 from saap_kernels.packed import PackedWeight, of_layout
 from saap_kernels.reference_linear import padded_width
 from saap_kernels.switch_points import LIBRARY, Rungs
@@ -28,6 +28,7 @@ class Backend(NamedTuple):
 
 
 BACKENDS = {  # in order of preference; above the tokens that a backend takes, and beside it, the library runs
+    "cpu": Backend("cpu_linear"),
     LIBRARY: Backend("library_linear"),
     "reference": Backend("reference_linear"),
 }
@@ -100,7 +101,7 @@ def kernels_for(x: Tensor, weight: PackedWeight) -> dict[str, int | None]:
     return {
         name: backend.most_tokens
         for name, backend in BACKENDS.items()
-        if name not in (LIBRARY, "reference") and backend.takes(x, weight) and not refusal(name, (x,))
+        if name not in (LIBRARY, "reference") and backend.takes(x, weight) and not refusal(name, (x,), INFERENCE)
     }
 
 
@@ -110,7 +111,7 @@ def module_of(name: str) -> ModuleType:
 
 
 def _asked(op: str, x: Tensor, weight: PackedWeight) -> ModuleType:
-    name = choose(op, IMPLEMENTED, x)
+    name = choose(op, IMPLEMENTED, x, takes=INFERENCE)
     backend = BACKENDS[name]
     if not backend.takes(x, weight):
         raise ValueError(f"{op}: backend {name} takes weights and scales of the dtype of x, {x.dtype}")
@@ -123,7 +124,7 @@ def _found_paths(op: str, x: Tensor, weight: PackedWeight) -> tuple[Path, ...]:
     kernels = kernels_for(x, weight)
     if x.is_cuda and not kernels and weight.bits != 16:
         names = [name for name in ("cuda", "triton") if name in BACKENDS]
-        warn_of_reference("; ".join(f"{name}: {refusal(name, (x,))}" for name in names))
+        warn_of_reference("; ".join(f"{name}: {refusal(name, (x,), INFERENCE)}" for name in names))
     rungs = switch_points.measured_rungs(op, x.device, x.dtype, weight)
     if rungs is None or not _can_run(rungs, kernels):
         rungs = switch_points.default_rungs(x.device, weight, kernels)

@@ -58,7 +58,7 @@ def planted(monkeypatch, file):
         alone = {name: BACKENDS[name] for name in (LIBRARY, "reference")}
         monkeypatch.setattr(products, "BACKENDS", {"cpu": Backend("planted", most_tokens, any_stored), **alone})
         monkeypatch.setattr(products, "IMPLEMENTED", ("cpu", *alone))
-        monkeypatch.setattr(products, "refusal", lambda name, tensors: "")
+        monkeypatch.setattr(products, "refusal", lambda name, tensors, takes: "")
         switch_points.forget()
         return calls
 
