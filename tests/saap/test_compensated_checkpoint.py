@@ -131,6 +131,7 @@ def test_the_command_compensates_each_model_of_a_sweep(workplace, tmp_path, monk
     done = prune(workplace, "--ratio", "0.1,0.3", "--out", tmp_path / "out", "--compensate", "least_squares", "--json")
     outputs = json.loads(done.stdout)["outputs"]
     assert len(outputs) == 2
+    assert all(output["scores"].startswith("searched by compensated scores of ") for output in outputs)
     for output in outputs:
         plan = json.loads((tmp_path / "out" / output["out"].rpartition("/")[2] / "saap_plan.json").read_text())
         assert plan["settings"]["compensate"] == "least_squares"
