@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from saap import console
+from saap.compensated_scores import ENOUGH
 from saap.evaluate import Evaluation
 from saap.plan import Plan
 
@@ -36,6 +37,20 @@ class Result:
     report: Path | None = None
 
 
+def describe_scores(plan: Plan) -> str | None:
+    """Of how much text the compensated scores are that made the plan, and what follows; None for other plans."""
+    if not plan.settings.get("compensated_scores"):
+        return None
+    text, times = (plan.settings.get(name) for name in ("tokens_per_input", "scores_damping"))
+    said = "searched by compensated scores"
+    if text is None or times is None:  # a plan that an earlier version wrote
+        return said
+    said += f" of {text:g} tokens for every input"
+    if times == 1:
+        return said
+    return f"{said}, fewer than {ENOUGH:g}: damped {times:g} times as much, near plain scores; --samples gives more"
+
+
 def report(results: list[Result], as_json: bool) -> None:
     """Print what was made, as a table or as JSON."""
     if as_json:
@@ -43,6 +58,7 @@ def report(results: list[Result], as_json: bool) -> None:
             {
                 "out": str(r.out),
                 **describe_plan(r.plan),
+                "scores": describe_scores(r.plan),
                 "parameters": r.parameters,
                 "evaluation": r.evaluation and r.evaluation.to_dict(),
                 "baselines": {name: found.to_dict() for name, found in r.baselines},
@@ -65,5 +81,7 @@ def report(results: list[Result], as_json: bool) -> None:
         print(
             f"{r.out}: {r.parameters:,} parameters, {r.plan.ratio:.2%} removed ({r.plan.block_ratio:.2%} of the blocks)"
         )
+        if (scores := describe_scores(r.plan)) is not None:
+            print(f"  {scores}")
         if r.report is not None:
             print(f"  what happened to it: {r.report}")

@@ -1,23 +1,27 @@
 """Scores by what least squares cannot make up for: against materialised inputs, and what must not change them."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 import saap
 from saap.backward_elimination import costs_in_turn
+from saap.compensated_scores import tokens_per_input
 from saap.criteria import score
 from saap.steps import Recipe, prune_in_steps
 from saap.stream import Streaming
-from saap.units import MODULES, discover, module_of
+from saap.units import MODULES, LayerUnits, discover, module_of
 from tests.saap.test_calibrate import FAMILIES
 from tests.saap.test_compensate import DATA, OPTIONS, operands, parts_of
 from tests.saap.test_experts import calls_of, outputs_of, with_an_idle_expert
 from tests.saap.test_stream import state_of
 from tests.saap.tiny import MIXTURES, tiny_model
 
+MODULE = sys.modules["saap.compensated_scores"]  # as an attribute of the package it is the function
 CALIBRATION = {name: OPTIONS[name] for name in ("samples", "seq_len", "batch_size")}
 
 
@@ -25,11 +29,11 @@ def scored(model, criterion: str = "saap") -> saap.Scores:
     return score(saap.calibrate(model, data=DATA, **CALIBRATION), criterion)
 
 
-def damped_gram(inputs: torch.Tensor, affine: bool) -> torch.Tensor:
-    """Of inputs (T, K), with the damping that ``compensation`` calls "auto"."""
+def damped_gram(inputs: torch.Tensor, affine: bool, times: float = 30) -> torch.Tensor:
+    """Of inputs (T, K), with the damping that ``compensation`` calls "auto", ``times`` over: thirty of little text."""
     centred = inputs - inputs.mean(0) if affine else inputs
     gram = centred.T @ centred
-    return gram + len(gram) / len(inputs) * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    return gram + times * len(gram) / len(inputs) * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,8 +48,56 @@ def test_every_linear_is_taken_over_its_own_inputs(family: str) -> None:
         )
         # float64 throughout; sums in another order, inverses of condition 1e4
         torch.testing.assert_close(found.layer(index, module), wanted, rtol=1e-8, atol=0)
-    assert found.settings == before.settings | {"compensated_scores": True}
+    widest = max(x.shape[1] for x, _ in operands(model).values())
+    settings = {"compensated_scores": True, "tokens_per_input": round(9 * 24 / widest, 1), "scores_damping": 30.0}
+    assert found.settings == before.settings | settings
     assert found.fluctuation is before.fluctuation and found.experts is before.experts
+
+
+@pytest.mark.parametrize(("samples", "times"), [(64, 1.0), (63, 30.0)])
+def test_damping_is_thirtyfold_below_enough_tokens_for_every_input(samples: int, times: float) -> None:
+    model = tiny_model("llama", intermediate_size=48)
+    before = scored(model)
+    ids = torch.randint(0, 64, (samples, 32), generator=torch.Generator().manual_seed(5))
+    found = saap.compensated_scores(before, model, data=ids, samples=samples, seq_len=32)
+    x, linear = operands(model, ids)[1, "down"][0], parts_of(model)[1, "down"]
+    wanted = costs_in_turn(damped_gram(x, True, times), linear.weight.detach(), before.layer(1, "mlp"))
+    # float64 throughout; sums in another order, inverses of condition 1e4
+    torch.testing.assert_close(found.layer(1, "mlp"), wanted, rtol=1e-8, atol=0)
+    # o has 64 inputs, down 48: the widest counts
+    assert found.settings["tokens_per_input"] == samples / 2 and found.settings["scores_damping"] == times
+
+
+def test_thirtyfold_damping_leaves_scores_nearer_to_plain_ones() -> None:
+    model = tiny_model("llama")
+    before, gaps = scored(model), []
+    for times in (1, 30):
+        with patch.object(MODULE, "LITTLE_TEXT", times):
+            found = saap.compensated_scores(before, model, **OPTIONS)
+        gaps.append(float((found.mlp / before.mlp).log().abs().mean()))
+    assert 0 < gaps[1] < 0.5 * gaps[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, 1000 / 40),  # down
+        ({"query_heads": 8}, 1000 / 64),  # o
+        ({"query_heads": 0, "kv_heads": 0, "intermediate_size": 50}, 1000 / 50),
+        ({"query_heads": 0, "kv_heads": 0, "intermediate_size": 0}, 1000),
+        ({"experts": 8, "experts_per_token": 2}, 1000 / 40 / 4),  # each expert sees a quarter of the tokens
+    ],
+)
+def test_tokens_for_every_input_are_those_of_the_widest_linear(changes, wanted: float) -> None:
+    units = discover(tiny_model("llama"))
+    layer = LayerUnits(
+        hidden_size=32, query_heads=4, kv_heads=2, head_dim=8, intermediate_size=40, gated=True
+    )  # fmt: skip
+    wide = replace(layer, **changes)
+    found = tokens_per_input(
+        replace(units, layers=(replace(wide, intermediate_size=min(8, wide.intermediate_size)), wide)), 1000
+    )
+    assert found == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -126,7 +178,8 @@ def recipe(**changes) -> Recipe:
     return Recipe(search={"multiple": 8, "ratio_of": "blocks"}, calibration=CALIBRATION, **changes)
 
 
-def test_least_squares_follows_a_search_by_compensated_scores_unless_told_otherwise() -> None:
+def test_least_squares_follows_a_search_by_compensated_scores_unless_told_otherwise(monkeypatch) -> None:
+    monkeypatch.setattr(MODULE, "ENOUGH", 0.0)  # of little text they hardly differ from plain ones
     plans = {}
     for choice in ("auto", True, False):
         model = tiny_model("llama")
@@ -183,7 +236,7 @@ def _ranked(rank: int, folder: Path) -> None:
     model = tiny_model("llama")
     before = replace(torch.load(folder / "scores.pt", weights_only=False), units=discover(model))
     found = saap.compensated_scores(before, model, **OPTIONS)
-    torch.save((found.attention, found.mlp), folder / f"{rank}.pt")
+    torch.save((found.attention, found.mlp, found.settings), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -194,6 +247,7 @@ def test_two_processes_share_the_sequences_and_have_equal_scores(tmp_path) -> No
     torch.multiprocessing.spawn(_ranked, (tmp_path,), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     alone = saap.compensated_scores(before, model, **OPTIONS)
-    for mine, theirs, wanted in zip(first, second, (alone.attention, alone.mlp), strict=True):
+    assert first[2] == second[2] == alone.settings  # of the tokens of both
+    for mine, theirs, wanted in zip(first[:2], second[:2], (alone.attention, alone.mlp), strict=True):
         assert torch.equal(mine, theirs)
         torch.testing.assert_close(mine, wanted, rtol=1e-8, atol=0)  # float64; sums in another order
