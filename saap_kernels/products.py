@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saap_kernels import switch_points
-from saap_kernels.backend import choose, refusal, requested, warn_of_reference
+from saap_kernels.backend import INFERENCE, choose, refusal, requested, warn_of_reference
 from saap_kernels.packed import PackedWeight, of_layout
 from saap_kernels.reference_linear import padded_width
 from saap_kernels.switch_points import LIBRARY, Rungs
@@ -20,18 +20,20 @@ class Backend(NamedTuple):
 
     module: str
     most_tokens: int | None = None  # its kernels go up to so many; None: to any number
-    any_stored: bool = True  # False: only floating-point weights, scales and zeros of the dtype of x
+    mixed: bool = False  # takes floating-point weights of another dtype than x
 
     def takes(self, x: Tensor, weight: PackedWeight) -> bool:
-        values = weight.data if weight.scale is None else weight.scale
-        return self.any_stored or values.dtype == x.dtype
+        if weight.scale is not None:
+            return weight.scale.dtype != torch.float64
+        return weight.data.dtype == x.dtype or (self.mixed and weight.data.dtype != torch.float64)
 
 
-BACKENDS = {  # in order of preference; above the tokens that a backend takes, and beside it, the library runs
+BACKENDS = {  # in order of preference; what a backend does not take runs the library
     LIBRARY: Backend("library_linear"),
     "reference": Backend("reference_linear"),
 }
 IMPLEMENTED = tuple(BACKENDS)
+PLAIN = (LIBRARY, "reference")  # torch alone, which takes everything
 
 Path = tuple[int, ModuleType]  # largest token count, and what runs up to it
 _paths: dict[tuple[object, ...], tuple[Path, ...]] = {}
@@ -100,7 +102,7 @@ def kernels_for(x: Tensor, weight: PackedWeight) -> dict[str, int | None]:
     return {
         name: backend.most_tokens
         for name, backend in BACKENDS.items()
-        if name not in (LIBRARY, "reference") and backend.takes(x, weight) and not refusal(name, (x,))
+        if name not in PLAIN and backend.takes(x, weight) and not refusal(name, (x,), INFERENCE)
     }
 
 
@@ -110,12 +112,11 @@ def module_of(name: str) -> ModuleType:
 
 
 def _asked(op: str, x: Tensor, weight: PackedWeight) -> ModuleType:
-    name = choose(op, IMPLEMENTED, x)
+    name = choose(op, IMPLEMENTED, x, takes=INFERENCE)
     backend = BACKENDS[name]
-    if not backend.takes(x, weight):
-        raise ValueError(f"{op}: backend {name} takes weights and scales of the dtype of x, {x.dtype}")
     beyond = backend.most_tokens is not None and len(x) > backend.most_tokens
-    return module_of(LIBRARY if beyond else name)
+    unfit = name not in PLAIN and not backend.takes(x, weight)
+    return module_of(LIBRARY if beyond or unfit else name)
 
 
 def _found_paths(op: str, x: Tensor, weight: PackedWeight) -> tuple[Path, ...]:
@@ -123,7 +124,7 @@ def _found_paths(op: str, x: Tensor, weight: PackedWeight) -> tuple[Path, ...]:
     kernels = kernels_for(x, weight)
     if x.is_cuda and not kernels and weight.bits != 16:
         names = [name for name in ("cuda", "triton") if name in BACKENDS]
-        warn_of_reference("; ".join(f"{name}: {refusal(name, (x,))}" for name in names))
+        warn_of_reference("; ".join(f"{name}: {refusal(name, (x,), INFERENCE)}" for name in names))
     rungs = switch_points.measured_rungs(op, x.device, x.dtype, weight)
     if rungs is None or not _can_run(rungs, kernels):
         rungs = switch_points.default_rungs(x.device, weight, kernels)
