@@ -59,7 +59,6 @@ def requested() -> str | None:
 Takes = dict[str, tuple[Callable[[Tensor], bool], str]]  # {backend: (whether it takes a tensor, which it takes)}
 CALIBRATION: Takes = {
     "reference": (lambda t: True, "any tensors"),
-    "library": (lambda t: True, "any tensors"),
     "cpu": (lambda t: str(t.device) == "cpu" and t.dtype.itemsize == 4, "fp32 tensors on the CPU"),
     "triton": (
         lambda t: t.dtype.itemsize <= 4 and (t.is_cuda or _ext.triton_interprets()),
@@ -68,7 +67,8 @@ CALIBRATION: Takes = {
     "cuda": (lambda t: t.is_cuda and t.dtype.itemsize <= 4, "fp16, bf16 or fp32 CUDA tensors"),
 }
 INFERENCE: Takes = CALIBRATION | {
-    "cpu": (lambda t: str(t.device) == "cpu" and t.dtype.itemsize <= 4, "fp16, bf16 or fp32 tensors on the CPU")
+    "library": (lambda t: True, "any tensors"),
+    "cpu": (lambda t: str(t.device) == "cpu" and t.dtype.itemsize <= 4, "fp16, bf16 or fp32 tensors on the CPU"),
 }
 
 

@@ -20,19 +20,21 @@ class Backend(NamedTuple):
 
     module: str
     most_tokens: int | None = None  # its kernels go up to so many; None: to any number
-    any_stored: bool = True  # False: only floating-point weights, scales and zeros of the dtype of x
+    mixed: bool = False  # takes floating-point weights of another dtype than x
 
     def takes(self, x: Tensor, weight: PackedWeight) -> bool:
-        values = weight.data if weight.scale is None else weight.scale
-        return self.any_stored or values.dtype == x.dtype
+        if weight.scale is not None:
+            return weight.scale.dtype != torch.float64
+        return weight.data.dtype == x.dtype or (self.mixed and weight.data.dtype != torch.float64)
 
 
-BACKENDS = {  # in order of preference; above the tokens that a backend takes, and beside it, the library runs
-    "cpu": Backend("cpu_linear"),
+BACKENDS = {  # in order of preference; what a backend does not take runs the library
+    "cpu": Backend("cpu_linear", mixed=True),
     LIBRARY: Backend("library_linear"),
     "reference": Backend("reference_linear"),
 }
 IMPLEMENTED = tuple(BACKENDS)
+PLAIN = (LIBRARY, "reference")  # torch alone, which takes everything
 
 Path = tuple[int, ModuleType]  # largest token count, and what runs up to it
 _paths: dict[tuple[object, ...], tuple[Path, ...]] = {}
@@ -101,7 +103,7 @@ def kernels_for(x: Tensor, weight: PackedWeight) -> dict[str, int | None]:
     return {
         name: backend.most_tokens
         for name, backend in BACKENDS.items()
-        if name not in (LIBRARY, "reference") and backend.takes(x, weight) and not refusal(name, (x,), INFERENCE)
+        if name not in PLAIN and backend.takes(x, weight) and not refusal(name, (x,), INFERENCE)
     }
 
 
@@ -113,10 +115,9 @@ def module_of(name: str) -> ModuleType:
 def _asked(op: str, x: Tensor, weight: PackedWeight) -> ModuleType:
     name = choose(op, IMPLEMENTED, x, takes=INFERENCE)
     backend = BACKENDS[name]
-    if not backend.takes(x, weight):
-        raise ValueError(f"{op}: backend {name} takes weights and scales of the dtype of x, {x.dtype}")
     beyond = backend.most_tokens is not None and len(x) > backend.most_tokens
-    return module_of(LIBRARY if beyond else name)
+    unfit = name not in PLAIN and not backend.takes(x, weight)
+    return module_of(LIBRARY if beyond or unfit else name)
 
 
 def _found_paths(op: str, x: Tensor, weight: PackedWeight) -> tuple[Path, ...]:

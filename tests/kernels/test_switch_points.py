@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -44,7 +45,7 @@ def planted(monkeypatch, file):
     """Plants a backend for CPU tensors, slow above some tokens, and returns the list of its calls."""
     calls = []
 
-    def plant(most_tokens=16, slow_above=1 << 20, any_stored=True):
+    def plant(most_tokens=16, slow_above=1 << 20, mixed=True):
         def run(op):
             def planted_op(x, *rest):
                 calls.append((op, len(x)))
@@ -56,7 +57,7 @@ def planted(monkeypatch, file):
         module = SimpleNamespace(**{op: run(op) for op in ("linear", "gated_linear", "linear_of_padded")})
         monkeypatch.setitem(sys.modules, "saap_kernels.planted", module)
         alone = {name: BACKENDS[name] for name in (LIBRARY, "reference")}
-        monkeypatch.setattr(products, "BACKENDS", {"cpu": Backend("planted", most_tokens, any_stored), **alone})
+        monkeypatch.setattr(products, "BACKENDS", {"cpu": Backend("planted", most_tokens, mixed), **alone})
         monkeypatch.setattr(products, "IMPLEMENTED", ("cpu", *alone))
         monkeypatch.setattr(products, "refusal", lambda name, tensors, takes: "")
         switch_points.forget()
@@ -90,8 +91,12 @@ def test_unmeasured_kernels_run_few_tokens_and_whatever_would_else_be_copied(pla
     assert paths(QUANTISED) == paths(HALF) == ["kernel"] * 4
     planted(most_tokens=4)
     assert paths(QUANTISED, (1, 4, 5, 16)) == ["kernel", "kernel", LIBRARY, LIBRARY]
-    planted(any_stored=False)
+    planted(mixed=False)
     assert paths(HALF) == [LIBRARY] * 4  # x is fp32
+    planted()
+    wide = pack(torch.ones(9, 70, dtype=torch.float64))
+    scaled = replace(QUANTISED, scale=QUANTISED.scale.double(), zero=QUANTISED.zero.double())
+    assert paths(wide) == paths(scaled) == [LIBRARY] * 4
 
 
 def test_unmeasured_rules_of_a_gpu() -> None:
@@ -109,8 +114,8 @@ def test_what_is_asked_for_runs_as_many_tokens_as_it_takes(planted) -> None:
         linear(x_of(3), WIDE)
         linear(x_of(17), WIDE)
     assert calls == [("linear", 3)]
-    planted(any_stored=False)
-    with use_backend("cpu"), pytest.raises(ValueError, match="backend cpu takes weights and scales of the dtype of x"):
+    planted(mixed=False)
+    with use_backend("cpu"):
         linear(x_of(3), HALF)
     for name in ("library", "reference"):
         with use_backend(name):
