@@ -26,6 +26,7 @@ BENCHMARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("calibrate_model", ()),
     ("calibrate_streamed", ()),
     ("calibration_kernels", ("--ops", "weight_salience", "--models", *list(MODELS)[1:])),
+    ("decode", ()),
     ("replan", ()),
     ("latency_table", ()),
     ("least_squares", ()),
