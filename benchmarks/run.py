@@ -28,6 +28,7 @@ BENCHMARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("calibrate_streamed", ()),
     ("calibration_kernels", ("--ops", "weight_salience", "--models", *list(MODELS)[1:])),
     ("compact_gemm", ("--models", "Llama-3-8B", "Qwen2.5-7B")),
+    ("decode", ()),
     ("replan", ()),
     ("latency_table", ()),
     ("least_squares", ()),

@@ -11,9 +11,8 @@ from torch import Tensor
 from saap_kernels import _ext, reference_linear
 from saap_kernels.packed import LINE, PackedWeight, round_up
 
-# up to so many tokens the kernel is faster than panels: python -m benchmarks.decode --paths measures both
-KERNEL_TOKENS = 16
-PANEL_ELEMENTS = 1 << 20  # of unpacked rows, which torch.mm then reads from the cache
+KERNEL_TOKENS = 128  # up to so many the kernel is the faster: python -m benchmarks.decode --switch
+PANEL_ELEMENTS = 1 << 22  # of unpacked rows, which torch.mm then reads from the last cache
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of csrc/kernels.h
 _INT8, _INT4 = 3, 4
 _ACTIVATIONS = {"silu": 1, "gelu_tanh": 2}
@@ -59,35 +58,54 @@ def _padded(x: Tensor, weight: PackedWeight) -> Tensor:
 
 def _linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """(T, N) fp32 of x (T, K') fp32."""
-    result = x.new_empty(len(x), weight.rows)
-    bias = None if bias is None else bias.float()
-    if len(x) <= KERNEL_TOKENS:
-        _run_kernel(x, weight, bias, 0, result)
-        return result
-    step = _panel_rows(weight)
-    buffer = x.new_empty(step, x.shape[1])
-    for start in range(0, weight.rows, step):
-        stop = min(weight.rows, start + step)
-        _multiply_panel(x, weight, start, stop - start, buffer, bias, start, result[:, start:stop])
-    return result
+    bias = None if bias is None else bias.float().contiguous()
+    return (kernel_linear if len(x) <= KERNEL_TOKENS else panel_linear)(x, weight, bias)
 
 
 def _gated(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str) -> Tensor:
     """(T, F') fp32, zero beyond F, of x (T, K') fp32."""
-    result = x.new_empty(len(x), reference_linear.padded_width(weight.rows))
     bias = None if bias is None else bias.float().contiguous()
-    if len(x) <= KERNEL_TOKENS:
-        _run_kernel(x, weight, bias, _ACTIVATIONS[activation], result)
-        return result
-    step, second = _panel_rows(weight), weight.data.shape[-2]
+    return (kernel_gated if len(x) <= KERNEL_TOKENS else panel_gated)(x, weight, bias, activation)
+
+
+def kernel_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """(T, N) of x (T, K') and a contiguous bias, all fp32, with the weight read as it is stored."""
+    result = x.new_empty(len(x), weight.rows)
+    _run_kernel(x, weight, bias, 0, result)
+    return result
+
+
+def kernel_gated(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str) -> Tensor:
+    """(T, F'), like ``kernel_linear``."""
+    result = x.new_empty(len(x), reference_linear.padded_width(weight.rows))
+    _run_kernel(x, weight, bias, _ACTIVATIONS[activation], result)
+    return result
+
+
+def panel_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """``kernel_linear`` by torch.mm, with panels of rows as fp32; an fp32 weight is one."""
+    if weight.data.dtype == torch.float32:
+        return reference_linear.linear(x[:, : weight.columns], weight, bias)
+    result, step = x.new_empty(len(x), weight.rows), _panel_rows(weight)
     buffer = x.new_empty(step, x.shape[1])
     for start in range(0, weight.rows, step):
-        count = min(step, weight.rows - start)
-        gate, up = x.new_empty(len(x), count), x.new_empty(len(x), count)
-        flat = None if bias is None else bias.flatten()
-        _multiply_panel(x, weight, start, count, buffer, flat, start, gate)
-        _multiply_panel(x, weight, second + start, count, buffer, flat, weight.rows + start, up)
-        torch.mul(reference_linear.activate(gate, activation), up, out=result[:, start : start + count])
+        rows = slice(start, min(weight.rows, start + step))
+        _multiply_panel(x, weight, rows, 0, buffer, None if bias is None else bias[rows], result[:, rows])
+    return result
+
+
+def panel_gated(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str) -> Tensor:
+    """``kernel_gated``, like ``panel_linear``."""
+    if weight.data.dtype == torch.float32:
+        return reference_linear.gated_linear(x[:, : weight.columns], weight, bias, activation)
+    result, step = x.new_empty(len(x), reference_linear.padded_width(weight.rows)), _panel_rows(weight)
+    buffer = x.new_empty(step, x.shape[1])
+    for start in range(0, weight.rows, step):
+        rows = slice(start, min(weight.rows, start + step))
+        gate, up = x.new_empty(2, len(x), rows.stop - start)
+        for half, out in enumerate((gate, up)):
+            _multiply_panel(x, weight, rows, half, buffer, None if bias is None else bias[half, rows], out)
+        torch.mul(reference_linear.activate(gate, activation), up, out=result[:, rows])
     result[:, weight.rows :] = 0
     return result
 
@@ -97,18 +115,18 @@ def _panel_rows(weight: PackedWeight) -> int:
 
 
 def _multiply_panel(
-    x: Tensor, weight: PackedWeight, first: int, count: int, buffer: Tensor, bias: Tensor | None, bias_first: int,
-    out: Tensor,
-) -> None:  # fmt: skip
-    """out (T, count) = x times rows ``first`` to ``first + count`` of all that ``weight`` holds, plus their bias."""
+    x: Tensor, weight: PackedWeight, rows: slice, half: int, buffer: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    """out = x times ``rows`` of a weight, or of one half of gate and up, plus their bias."""
+    first, count = half * weight.data.shape[-2] + rows.start, rows.stop - rows.start
     _native().unpack_rows_f32(
-        _described(weight), first, count, buffer.data_ptr(), buffer.shape[1], torch.get_num_threads()
+        _described(weight), first, count, buffer.data_ptr(), buffer.stride(0), torch.get_num_threads()
     )
-    panel = buffer[:count, : weight.columns].T
+    x, panel = x[:, : weight.columns], buffer[:count, : weight.columns].T
     if bias is None:
-        torch.mm(x[:, : weight.columns], panel, out=out)
+        torch.mm(x, panel, out=out)
     else:
-        torch.addmm(bias[bias_first : bias_first + count], x[:, : weight.columns], panel, out=out)
+        torch.addmm(bias, x, panel, out=out)
 
 
 def _run_kernel(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: int, result: Tensor) -> None:
