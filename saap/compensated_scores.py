@@ -23,7 +23,7 @@ from saap.scores import Scores
 from saap.stream import Streaming, resolve_streaming
 from saap.units import IN_PARTS, MODULES, Units, discover, module_of
 
-ENOUGH = 40.0  # tokens of calibration text per input: with 46 and more these scores gain in every seed measured
+ENOUGH = 40.0  # tokens of calibration text per input: with 46 or more means over five seeds gain
 COPIES = 4  # of a Gram matrix, and of the weight, that backward elimination holds at once in float64
 
 

@@ -75,8 +75,8 @@ def prune(
     removes by ``compensation`` with inputs ``compensation_inputs``; with ``compensated_scores``, by "auto" for least
     squares and criterion "saap" where there is text enough, the search goes by what least squares cannot make up for.
     All need ``data`` with statistics too. ``eval_text`` (what ``evaluate`` takes) is evaluated on the dense and then on
-    the pruned model. The other arguments are those of ``calibrate``, ``score`` and ``search``; ``progress`` counts as ``prune_in_steps``
-    says.
+    the pruned model. The other arguments are those of ``calibrate``, ``score`` and ``search``; ``progress`` counts as
+    ``prune_in_steps`` says.
     Raises ValueError before calibration when the ratio cannot be reached or the statistics belong to another model.
     """
     units = discover(model)
