@@ -3,13 +3,11 @@
 Rows compare with the dense model; each is the mean over calibration seeds. Statistics and compensation of a
 seed read the same 128 sequences of 256 tokens, disjoint from the text. Some rows have little calibration
 text, where damping matters; others have plans by plain and by compensated scores. On both shipped models, by seed:
-what compensated scores are worth where they, statistics and compensation are all of the same little text. On both
+compensated scores over plain ones where these, statistics and compensation are all of the same little text. On both
 too, of one seed: FLAP's bias, on the selection text and on the very sequences whose means it restores.
 """
 
-import sys
 from collections.abc import Iterator
-from math import inf
 from statistics import mean
 from typing import Any
 from unittest.mock import patch
@@ -22,7 +20,7 @@ from benchmarks.tasks import run
 from saap.calibrate import calibrate
 from saap.compact import compact
 from saap.compensate import Compensation, compensation
-from saap.compensated_scores import LITTLE_TEXT, compensated_scores, tokens_per_input
+from saap.compensated_scores import compensated_scores
 from saap.criteria import score
 from saap.data import load_documents, pack
 from saap.evaluate import perplexity
@@ -96,28 +94,21 @@ def of_scores(quick: bool) -> Iterator[Row]:
 
 
 def of_little_text(name: str, quick: bool) -> Iterator[Row]:
-    """Compensated scores against plain ones at 50 %, all of the same text, by how much their damping is raised."""
-    module = sys.modules[compensated_scores.__module__]  # as an attribute of the package it is the function
+    """Compensated scores against plain ones at 50 %, where statistics and compensation are of the same little text."""
     model, tokenizer = load_model(name)
     ids = held_out(tokenizer, "selection", 512 if quick else 20_480)
     for samples in (2,) if quick else (16, 32, 64):
         for seed in (0,) if quick else (0, 1, 2):
             given = {"samples": samples, "seq_len": 256, "seed": seed}
             plain = score(calibrate(model, tokenizer, CALIBRATION, **given), "saap")
-            scores = {"plain": plain}
-            for times in (1.0, LITTLE_TEXT):
-                with patch.multiple(module, ENOUGH=inf, LITTLE_TEXT=times):
-                    of_text = compensated_scores(plain, model, tokenizer, CALIBRATION, **given)
-                scores[f"damping x {times:g}"] = of_text
-            after = {}
-            for case, found in scores.items():
+            compensated = compensated_scores(plain, model, tokenizer, CALIBRATION, **given)
+            after = []
+            for found in (compensated, plain):
                 plan = search(found, 0.5, ratio_of="blocks")
                 new = compensation(model, plan, tokenizer, CALIBRATION, **given)
-                after[case] = perplexity(compact(model, plan, new, copy=True), tokenizer, [ids])
-            share = tokens_per_input(plain.units, samples * 256)
-            text = f"{name}, 50%, {samples} sequences, {share:.0f} tokens per input, seed {seed}"
-            for case in list(scores)[1:]:
-                yield Row.compare(f"{text}: {case} over plain", after[case], after["plain"], "ppl")
+                after.append(perplexity(compact(model, plan, new, copy=True), tokenizer, [ids]))
+            text = f"{samples} sequences, {compensated.settings['tokens_per_input']:g} tokens per input"
+            yield Row.compare(f"{name}, 50%, {text}, seed {seed}: compensated over plain", *after, "ppl")
 
 
 def of_bias(name: str, quick: bool) -> Iterator[Row]:

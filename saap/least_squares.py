@@ -72,13 +72,13 @@ class NormalEquations:
         shift = mean_residual - change @ mean_inputs if affine else torch.zeros_like(mean_residual)
         return change, shift
 
-    def damped(self, affine: bool, name: str = "the matrix", caution: float = 1.0) -> Tensor | None:
+    def damped(self, affine: bool, name: str = "the matrix") -> Tensor | None:
         """The Gram matrix (K, K) as ``solve`` with damping "auto" inverts it, or None where all inputs are zero.
 
         ``gram`` itself is overwritten.
         """
         self._centre(affine, name)
-        return None if self._factor(caution * len(self.gram) / self.tokens, name) is None else self.gram
+        return None if self._factor(len(self.gram) / self.tokens, name) is None else self.gram
 
     def _centre(self, affine: bool, name: str) -> None:
         if not self.finite():

@@ -38,17 +38,16 @@ class Result:
 
 
 def describe_scores(plan: Plan) -> str | None:
-    """Of how much text the compensated scores are that made the plan, and what follows; None for other plans."""
-    if not plan.settings.get("compensated_scores"):
+    """Whether a plan was made by compensated scores, and of how much text; None where nothing says so."""
+    compensated, text = (plan.settings.get(name) for name in ("compensated_scores", "tokens_per_input"))
+    if compensated is None or text is None:
         return None
-    text, times = (plan.settings.get(name) for name in ("tokens_per_input", "scores_damping"))
-    said = "searched by compensated scores"
-    if text is None or times is None:  # a plan that an earlier version wrote
-        return said
-    said += f" of {text:g} tokens for every input"
-    if times == 1:
-        return said
-    return f"{said}, fewer than {ENOUGH:g}: damped {times:g} times as much, near plain scores; --samples gives more"
+    if compensated:
+        return f"searched by compensated scores of {text:g} tokens for every input"
+    return (
+        f"searched by plain scores: {text:g} tokens for every input, compensated ones take {ENOUGH:g} "
+        "(more --samples, or --compensated-scores on)"
+    )
 
 
 def report(results: list[Result], as_json: bool) -> None:

@@ -128,7 +128,8 @@ def test_the_command_compensates_each_model_of_a_sweep(workplace, tmp_path, monk
     calls = []
     counted = lambda *args, **kwargs: calls.append(1) or saap.compensated_scores(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr("saap.steps.compensated_scores", counted)
-    done = prune(workplace, "--ratio", "0.1,0.3", "--out", tmp_path / "out", "--compensate", "least_squares", "--json")
+    done = prune(workplace, "--ratio", "0.1,0.3", "--out", tmp_path / "out", "--compensate", "least_squares", "--json",
+                 "--compensated-scores", "on")  # fmt: skip
     outputs = json.loads(done.stdout)["outputs"]
     assert len(outputs) == 2
     assert all(output["scores"].startswith("searched by compensated scores of ") for output in outputs)
@@ -145,9 +146,7 @@ def test_the_command_compensates_each_model_of_a_sweep(workplace, tmp_path, monk
 
 
 def test_the_command_searches_by_compensated_scores_unless_told_otherwise(workplace, tmp_path, monkeypatch) -> None:  # noqa: F811
-    monkeypatch.setattr(
-        sys.modules["saap.compensated_scores"], "ENOUGH", 0.0
-    )  # of little text they are near plain ones
+    monkeypatch.setattr("saap.steps.ENOUGH", 0.0)  # any text will do
     plans = {}
     for choice in ("auto", "on", "off"):
         printed = prune(workplace, "--ratio", 0.4, "--out", tmp_path / choice, "--compensate", "least_squares",
@@ -161,10 +160,10 @@ def test_the_command_searches_by_compensated_scores_unless_told_otherwise(workpl
 def test_the_command_says_how_much_text_the_scores_are_of(workplace, tmp_path) -> None:  # noqa: F811
     done = prune(workplace, "--ratio", 0.4, "--out", tmp_path / "out", "--compensate", "least_squares")
     settings = json.loads((tmp_path / "out/saap_plan.json").read_text())["settings"]
-    assert settings["scores_damping"] == 30
+    assert settings["compensated_scores"] is False and 0 < settings["tokens_per_input"] < 40
     assert (
-        f"searched by compensated scores of {settings['tokens_per_input']:g} tokens for every input, fewer than 32: "
-        "damped 30 times as much, near plain scores; --samples gives more"
+        f"searched by plain scores: {settings['tokens_per_input']:g} tokens for every input, compensated ones take 40 "
+        "(more --samples, or --compensated-scores on)"
     ) in " ".join(done.stdout.split())
 
 

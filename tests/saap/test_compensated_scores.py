@@ -1,9 +1,7 @@
 """Scores by what least squares cannot make up for: against materialised inputs, and what must not change them."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,7 +19,6 @@ from tests.saap.test_experts import calls_of, outputs_of, with_an_idle_expert
 from tests.saap.test_stream import state_of
 from tests.saap.tiny import MIXTURES, tiny_model
 
-MODULE = sys.modules["saap.compensated_scores"]  # as an attribute of the package it is the function
 CALIBRATION = {name: OPTIONS[name] for name in ("samples", "seq_len", "batch_size")}
 
 
@@ -29,11 +26,11 @@ def scored(model, criterion: str = "saap") -> saap.Scores:
     return score(saap.calibrate(model, data=DATA, **CALIBRATION), criterion)
 
 
-def damped_gram(inputs: torch.Tensor, affine: bool, times: float = 30) -> torch.Tensor:
-    """Of inputs (T, K), with the damping that ``compensation`` calls "auto", ``times`` over: thirty of little text."""
+def damped_gram(inputs: torch.Tensor, affine: bool) -> torch.Tensor:
+    """Of inputs (T, K), with the damping that ``compensation`` calls "auto"."""
     centred = inputs - inputs.mean(0) if affine else inputs
     gram = centred.T @ centred
-    return gram + times * len(gram) / len(inputs) * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    return gram + len(gram) / len(inputs) * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -49,33 +46,9 @@ def test_every_linear_is_taken_over_its_own_inputs(family: str) -> None:
         # float64 throughout; sums in another order, inverses of condition 1e4
         torch.testing.assert_close(found.layer(index, module), wanted, rtol=1e-8, atol=0)
     widest = max(x.shape[1] for x, _ in operands(model).values())
-    settings = {"compensated_scores": True, "tokens_per_input": round(9 * 24 / widest, 1), "scores_damping": 30.0}
+    settings = {"compensated_scores": True, "tokens_per_input": round(9 * 24 / widest, 2)}
     assert found.settings == before.settings | settings
     assert found.fluctuation is before.fluctuation and found.experts is before.experts
-
-
-@pytest.mark.parametrize(("samples", "times"), [(64, 1.0), (63, 30.0)])
-def test_damping_is_thirtyfold_below_enough_tokens_for_every_input(samples: int, times: float) -> None:
-    model = tiny_model("llama", intermediate_size=48)
-    before = scored(model)
-    ids = torch.randint(0, 64, (samples, 32), generator=torch.Generator().manual_seed(5))
-    found = saap.compensated_scores(before, model, data=ids, samples=samples, seq_len=32)
-    x, linear = operands(model, ids)[1, "down"][0], parts_of(model)[1, "down"]
-    wanted = costs_in_turn(damped_gram(x, True, times), linear.weight.detach(), before.layer(1, "mlp"))
-    # float64 throughout; sums in another order, inverses of condition 1e4
-    torch.testing.assert_close(found.layer(1, "mlp"), wanted, rtol=1e-8, atol=0)
-    # o has 64 inputs, down 48: the widest counts
-    assert found.settings["tokens_per_input"] == samples / 2 and found.settings["scores_damping"] == times
-
-
-def test_thirtyfold_damping_leaves_scores_nearer_to_plain_ones() -> None:
-    model = tiny_model("llama")
-    before, gaps = scored(model), []
-    for times in (1, 30):
-        with patch.object(MODULE, "LITTLE_TEXT", times):
-            found = saap.compensated_scores(before, model, **OPTIONS)
-        gaps.append(float((found.mlp / before.mlp).log().abs().mean()))
-    assert 0 < gaps[1] < 0.5 * gaps[0]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +70,7 @@ def test_tokens_for_every_input_are_those_of_the_widest_linear(changes, wanted: 
     found = tokens_per_input(
         replace(units, layers=(replace(wide, intermediate_size=min(8, wide.intermediate_size)), wide)), 1000
     )
-    assert found == pytest.approx(wanted)
+    assert found == round(wanted, 2)
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -178,18 +151,39 @@ def recipe(**changes) -> Recipe:
     return Recipe(search={"multiple": 8, "ratio_of": "blocks"}, calibration=CALIBRATION, **changes)
 
 
-def test_least_squares_follows_a_search_by_compensated_scores_unless_told_otherwise(monkeypatch) -> None:
-    monkeypatch.setattr(MODULE, "ENOUGH", 0.0)  # of little text they hardly differ from plain ones
+@pytest.mark.parametrize("enough", [True, False])
+def test_least_squares_follows_a_search_by_compensated_scores_of_enough_text(monkeypatch, enough: bool) -> None:
+    monkeypatch.setattr("saap.steps.ENOUGH", 2.2 if enough else 2.3)  # there are 216 tokens for 97 inputs
     plans = {}
     for choice in ("auto", True, False):
         model = tiny_model("llama")
-        done = prune_in_steps(model, None, DATA, 0.4, recipe(compensate="least_squares", compensated_scores=choice))
-        plans[choice] = done.plan
-        assert done.plan.settings.get("compensated_scores", False) == (choice is not False)
-    assert plans["auto"].layers == plans[True].layers != plans[False].layers
+        made = recipe(compensate="least_squares", compensated_scores=choice)
+        plans[choice] = prune_in_steps(model, None, DATA, 0.4, made).plan
+    assert plans["auto"].layers == plans[enough].layers != plans[not enough].layers
+    settings = {choice: plan.settings for choice, plan in plans.items()}
+    assert [settings[choice].get("compensated_scores") for choice in plans] == [enough, True, None]
+    assert [settings[choice].get("tokens_per_input") for choice in plans] == [2.23, 2.23, None]
     model = tiny_model("llama")
-    wanted = saap.search(saap.compensated_scores(scored(model), model, **OPTIONS), 0.4, multiple=8, ratio_of="blocks")
-    assert plans["auto"].layers == wanted.layers
+    scores = saap.compensated_scores(scored(model), model, **OPTIONS)
+    assert plans[True].layers == saap.search(scores, 0.4, multiple=8, ratio_of="blocks").layers
+
+
+@pytest.mark.parametrize(
+    ("calibration", "compensated"),
+    [
+        ({"samples": 80, "seq_len": 32}, True),  # forty tokens for each of o's 64 inputs
+        ({"samples": 79, "seq_len": 32}, False),
+        ({"samples": 4}, False),  # of 512 tokens
+        ({"samples": 5}, True),
+        ({"seq_len": 19}, False),  # 128 samples
+        ({"seq_len": 20}, True),
+    ],
+)
+def test_scores_are_compensated_from_forty_tokens_for_every_input(calibration, compensated: bool) -> None:
+    units = discover(tiny_model("llama", intermediate_size=48))
+    made = {choice: Recipe(calibration=calibration, compensate="least_squares", compensated_scores=choice)
+            for choice in ("auto", True, False)}  # fmt: skip
+    assert [each.compensates_scores(units) for each in made.values()] == [compensated, True, False]
 
 
 @pytest.mark.parametrize(
@@ -204,15 +198,19 @@ def test_least_squares_follows_a_search_by_compensated_scores_unless_told_otherw
     ],
 )
 def test_scores_are_compensated_where_that_was_measured_to_help(changes, compensated: bool) -> None:
-    assert Recipe(**changes).scores_compensated == compensated
+    units = discover(tiny_model("llama"))  # for which the default of 65536 tokens is plenty
+    assert Recipe(**changes).compensates_scores(units) == compensated
 
 
-def test_every_step_and_every_stage_of_it_is_counted() -> None:
+@pytest.mark.parametrize(("choice", "stages"), [(True, 3), ("auto", 2)])
+def test_every_step_and_every_stage_of_it_is_counted(choice: bool | str, stages: int) -> None:
     seen = []
-    made = recipe(compensate="least_squares", steps=2)
+    made = recipe(compensate="least_squares", steps=2, compensated_scores=choice)
     done = prune_in_steps(tiny_model("llama"), None, DATA, 0.4, made, progress=lambda *each: seen.append(each))
-    assert done.plan.settings["compensated_scores"] and done.plan.settings["steps"] == 2
-    assert {total for _, total in seen} == {6000} and seen[-1] == (6000, 6000)
+    assert done.plan.settings["compensated_scores"] == (choice is True) and done.plan.settings["steps"] == 2
+    assert done.plan.settings["tokens_per_input"] == 2.23  # of the dense model's inputs in the last step too
+    total = 2000 * stages  # of little text "auto" has no stage of scores
+    assert {each for _, each in seen} == {total} and seen[-1] == (total, total)
     assert [n for n, _ in seen] == sorted(n for n, _ in seen)
 
 
