@@ -10,20 +10,25 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from saap.families import Family, family_of, layers_of
+from saap.families import Family, family_of, layers_of, linears_of
 from saap.kernel_choice import timing
-from saap.packed_modules import GatedMLP, HeldLinear, Packed, SharedLinear, packed_exactly
+from saap.packed_linear import HeldLinear, Packed, SharedLinear, packed_exactly
+from saap.packed_mlp import GatedMLP
 from saap.refuse import refuse_nonfinite_weights, refuse_unsupported
 from saap_kernels import pack
 from saap_kernels.packed import FLOATS, GROUP_MULTIPLE, LINE
 
 ATTRIBUTE = "saap_accelerated"
+PACKED = "gate and up are no parameter until undo()"
 ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """One MLP or Linear: whether it runs our kernels, or why it does not; ``shape`` (N, K), or (F, K, D) of an MLP."""
+    """One module: whether it runs our kernels, or the ``reason`` why it does not; of one that does, a remark.
+
+    ``kind`` "Linear" with ``shape`` (N, K), "MLP", a gated one, with (F, K, D), or "experts".
+    """
 
     name: str
     kind: str
@@ -76,14 +81,18 @@ def accelerate(
     keeps names, shapes and dtypes, so that the model saves as before.
 
     ``bits`` None keeps every value: weights stay parameters, as views of packed storage, of which there is one copy.
-    Where a gradient of a weight is wanted, the module's own forward runs. ``undo`` brings back exactly the model that was.
-    ``bits`` 8 or 4 quantises in groups of ``group_size`` (default 128) and drops the weights: they are no parameters any
-    more, are made anew from the packed ones in the state dict and by ``undo``, and none can be loaded. With
+    Where a gradient of a weight is wanted, the module's own forward runs. ``undo`` brings back exactly the model that
+    was. Only gate and up in one Linear, of a width that is no multiple of 64, are held packed as quantised weights are.
+    ``bits`` 8 or 4 quantises in groups of ``group_size`` (default 128) and drops the weights: they are no parameters
+    any more, are made anew from the packed ones in the state dict and by ``undo``, and none can be loaded. With
     ``keep_weights`` ``undo`` brings back the original ones, and no memory is saved. ``lm_head``: the output head too,
     unless its weight is tied to the embedding's.
 
-    ``measure`` replaces only what a measurement of its shape at one token finds faster (once per process and shape); None:
-    on the CPU; on a GPU the ops themselves choose by measured switch points.
+    ``measure`` replaces only what a measurement of its shape at one token finds faster (once per process and shape);
+    None: on the CPU; on a GPU the ops themselves choose by measured switch points.
+
+    Logits are as far from those of exact arithmetic as the plain model's with the weights in the state dict; no bound
+    holds between quantised weights and the original ones but ``pack``'s.
 
     Raises ValueError, with nothing changed, for other ``bits`` and groups, models of unknown families, quantised,
     PEFT-wrapped or accelerated ones, weights on the meta device, and weights to quantise that are not finite.
@@ -103,6 +112,26 @@ def accelerate(
         raise
     object.__setattr__(model, ATTRIBUTE, result)
     return result
+
+
+def products_of(model: PreTrainedModel) -> Counter[tuple[str, tuple[int, ...]]]:
+    """{(kind, shape): modules} of what ``accelerate`` would look at, and of the Linears inside of gated MLPs too.
+
+    Shapes as in ``Replacement``; ``model`` may be on the meta device.
+    """
+    refuse_unsupported(model)
+    family, found = family_of(model), Counter[tuple[str, tuple[int, ...]]]()
+    for layer in layers_of(model, family):
+        linears = linears_of(layer, family)
+        if "gate" in linears:
+            found["MLP", _mlp_shape(linears)] += 1
+        found.update(("Linear", tuple(each.weight.shape)) for each in dict.fromkeys(linears.values()))
+    return Counter({product: count for product, count in found.items() if 0 not in product[1]})
+
+
+def _mlp_shape(linears: dict[str, nn.Linear]) -> tuple[int, int, int]:
+    out, width = linears["down"].weight.shape
+    return width, linears["gate"].weight.shape[1], out
 
 
 def _check(model: PreTrainedModel, bits: int | None, group_size: int | None, keep_weights: bool) -> Family:
@@ -163,18 +192,20 @@ class _Work:
         assert family.gate is not None  # asked of gated families only
         paths = (family.gate, family.up, family.down)
         mlp_path = family.down.rpartition(".")[0]
-        mlp = layer.get_submodule(mlp_path)
-        gate, up, down = (layer.get_submodule(path) for path in paths)
-        shape = (down.weight.shape[1], down.weight.shape[1] and gate.weight.shape[1], down.weight.shape[0])
+        mlp, linears = layer.get_submodule(mlp_path), linears_of(layer, family)
+        gate, up, down = (linears[part] for part in ("gate", "up", "down"))
+        shape = _mlp_shape(linears)
         reason = next(filter(None, map(self._refusal, (gate, up, down))), "") or _other_mlp(mlp, mlp_path, paths)
         reason = reason or self._slower(shape, down)
-        if not reason:
+        replaced = not reason
+        if replaced:
             for linear, parts in ((gate, 1 + (gate is up)), (up, 1), (down, 1)):
                 if type(linear) is nn.Linear:
                     self._convert(linear, parts)
             names = tuple(path.rpartition(".")[2] for path in paths)
             GatedMLP.convert(mlp, names, ACTIVATIONS[type(_activation(mlp)).__name__])  # type: ignore[arg-type]
-        return Replacement(f"{prefix}.{mlp_path}", "gated MLP", shape, not reason, reason)
+            reason = PACKED if self.bits is None and isinstance(gate, HeldLinear) else ""
+        return Replacement(f"{prefix}.{mlp_path}", "MLP", shape, replaced, reason)
 
     def _refusal(self, linear: Any) -> str:
         """Why a kernel cannot stand for this Linear, whatever its speed."""
@@ -222,11 +253,10 @@ def _other_mlp(mlp: nn.Module, path: str, paths: tuple[str, ...]) -> str:
     activation = _activation(mlp)
     if activation is None or type(activation).__name__ not in ACTIVATIONS:
         return f"an activation that the kernels do not have: {type(activation).__name__}"
-    gate, up, down = (mlp.get_submodule(each.rpartition(".")[2]) for each in paths)
+    gate, up, down = (getattr(mlp, each.rpartition(".")[2]) for each in paths)
     if (gate.bias is None) != (up.bias is None):
         return "one of gate and up has a bias"
-    weight = gate.weight
-    probe = torch.linspace(-1, 1, weight.shape[1], dtype=torch.float32).to(weight)[None]
+    probe = torch.linspace(-1, 1, gate.in_features, dtype=torch.float32).to(gate.weight)[None]
     g, u = gate(probe).chunk(2, -1) if gate is up else (gate(probe), up(probe))
     name = ACTIVATIONS[type(activation).__name__]
     inner = F.silu(g) * u if name == "silu" else F.gelu(g, approximate="tanh") * u

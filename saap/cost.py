@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from saap.packed_modules import held_bytes, held_elements
+from saap.packed_linear import held_bytes, held_elements
 from saap.units import discover
 
 
@@ -28,7 +28,9 @@ def cost_of(model: PreTrainedModel, context: int) -> Cost:
     and values of every layer's own KV heads, in the model's dtype.
     """
     layers = discover(model, accelerated=True).layers
-    linear = sum(module.in_features * module.out_features for module in model.modules() if isinstance(module, nn.Linear))
+    linear = sum(
+        module.in_features * module.out_features for module in model.modules() if isinstance(module, nn.Linear)
+    )
     linear += sum(
         layer.router_weights + layer.experts_per_token * layer.intermediate_size * layer.unit_weights("mlp")
         for layer in layers

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from saap.packed_modules import weight_of
+from saap.packed_linear import weight_of
 
 PRUNED_PREFIX = "saap_"
 
@@ -168,7 +168,7 @@ class Projection:
 
     @property
     def weight(self) -> Tensor:
-        """(out_features, in_features), a view of the Linear's own weight as it is now, unpacked if it is held packed."""
+        """(out_features, in_features), a view of the Linear's own weight as it is now; a copy if it is held packed."""
         return weight_of(self.linear)[self.rows]
 
     @property

@@ -14,7 +14,7 @@ from saap_kernels import PackedWeight, gated_mlp, linear, pack
 
 CACHES = 1 << 26  # bytes of weights read in turn, so that none is found in a cache
 ROWS_OF = 1 << 22  # weights: of larger matrices so many rows are timed, and the time is scaled up
-REPEATS = 7
+REPEATS, LEAST_REPEATS, ENOUGH_SECONDS = 7, 2, 0.2  # of each; slow products are repeated less often
 MARGIN = 0.97  # of the library's time; closer is noise
 
 
@@ -106,7 +106,10 @@ def _packed_copies(packed: PackedWeight) -> list[PackedWeight]:
 def _interleaved(calls: list[list[Callable[[], object]]], device: torch.device) -> list[float]:
     """Median seconds of one call of each list, whose runs alternate; the first run of each is not counted."""
     seconds: list[list[float]] = [[] for _ in calls]
+    begin = perf_counter()
     for repeat in range(REPEATS + 1):
+        if repeat > LEAST_REPEATS and perf_counter() - begin > ENOUGH_SECONDS:
+            break
         for own, found in zip(calls, seconds, strict=True):
             _finish(device)
             start = perf_counter()

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from saap.experts import expert_tensors
 from saap.families import Family, family_named, is_mixture, known_families, layers_of, projections_by_linear
 from saap.host import on_host
-from saap.packed_modules import is_accelerated
+from saap.packed_mlp import is_accelerated
 
 
 def refuse_unsupported(model: PreTrainedModel, *, accelerated: bool = False) -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from saap.experts import expert_sizes, expert_tensors, mask_experts
 from saap.families import Family, family_of, layers_of, linears_of, projections_of
-from saap.packed_modules import held_elements
+from saap.packed_linear import held_elements
 from saap.refuse import refuse_unsupported
 from saap.undo import Undo
 

@@ -1,18 +1,16 @@
-"""Linears and gated MLPs that run the compacted-weight kernels, made from a model's own by changing their class.
+"""Linears that run the compacted-weight kernels, made from a model's own by changing their class.
 
-Names, shapes and values in the state dict stay. Where a kernel cannot stand for what a module does (hooks or another
-forward on a Linear inside of an MLP, gradients of weights), the module's own forward runs.
+Names, shapes and dtypes in the state dict stay.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saap_kernels import PackedWeight, gated_mlp, linear, pack, unpack
+from saap_kernels import PackedWeight, linear, pack, unpack
 from saap_kernels.packed import LINE
 
 
@@ -32,17 +30,18 @@ class SharedLinear(nn.Linear):
     def place(self, packed: PackedWeight) -> None:
         """Keep the weight in ``packed``, which holds its values."""
         self.weight.data = _rows(packed).data[: self.out_features, : self.in_features]
-        self.packed = _with_static_addresses(packed)
+        self.packed = with_static_addresses(packed)
 
     def restore(self) -> None:
         """The Linear that this was, with a weight of its own again."""
-        self.weight.data = self.weight.data.clone(memory_format=torch.contiguous_format)
+        if self.weight.untyped_storage().nbytes() != self.weight.nbytes:
+            self.weight.data = self.weight.data.clone(memory_format=torch.contiguous_format)
         del self.packed
         self.__class__ = nn.Linear  # type: ignore[assignment]
 
     def in_place(self) -> bool:
         """Whether the weight still is the packed one, and not another that somebody put in its stead."""
-        # tracing reads no addresses, and is done after the first change of a model rather than before
+        # tracing cannot read addresses: a compiled model keeps to the weights as they were placed
         return torch.compiler.is_compiling() or self.weight.data_ptr() == self.packed.data.data_ptr()
 
     def wants_gradients(self) -> bool:
@@ -51,7 +50,7 @@ class SharedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.wants_gradients() or not self.in_place():
             return super().forward(input)
-        return linear(input, _rows(self.packed), _cast(self.bias, input))
+        return linear(input, _rows(self.packed), cast(self.bias, input))
 
     def _repack(self) -> None:
         weight = self.weight.detach()
@@ -78,7 +77,14 @@ class HeldLinear(nn.Linear):
     The parameter ``weight`` is None. Buffers follow ``to``; a change of dtype reaches scale and zero.
     """
 
+    BUFFERS = ("qweight", "qscale", "qzero")  # by the first of these names peft finds the device of what it wraps
     layout: tuple[tuple[int, ...], int, int | None]
+    qweight: Tensor
+    qscale: Tensor | None
+    qzero: Tensor | None
+    like: Tensor  # empty, of the weight's dtype
+    kept: tuple[nn.Parameter, ...]
+    trainable: bool
 
     @classmethod
     def convert(cls, module: nn.Linear, packed: PackedWeight, keep_weight: bool = False) -> None:
@@ -94,12 +100,12 @@ class HeldLinear(nn.Linear):
     def place(self, packed: PackedWeight) -> None:
         """Keep these tensors as the weight."""
         self.layout = packed.shape, packed.bits, packed.group_size
-        for name in ("data", "scale", "zero"):
-            self.register_buffer(f"packed_{name}", getattr(packed, name), persistent=False)
+        for name, tensor in zip(self.BUFFERS, (packed.data, packed.scale, packed.zero), strict=True):
+            self.register_buffer(name, tensor, persistent=False)
 
     @property
     def packed(self) -> PackedWeight:
-        return PackedWeight(self.packed_data, *self.layout, self.packed_scale, self.packed_zero)
+        return PackedWeight(self.qweight, *self.layout, self.qscale, self.qzero)
 
     def unpacked_weight(self) -> Tensor:
         """(N, K), the values that the kernels compute with, in the dtype of the model."""
@@ -109,8 +115,8 @@ class HeldLinear(nn.Linear):
         """The Linear that this was: with the weight it had if that was kept, else with the values of the packed one."""
         weight = self.kept[0].data.to(self.like) if self.kept else self.unpacked_weight()
         parameter = self.kept[0] if self.kept else nn.Parameter(weight, requires_grad=self.trainable)
-        parameter.data = weight
-        for name in ("packed_data", "packed_scale", "packed_zero", "like"):
+        parameter.data = weight  # the kept one may be of another device or dtype
+        for name in (*self.BUFFERS, "like"):
             delattr(self, name)
         for name in ("layout", "kept", "trainable"):
             self.__dict__.pop(name)
@@ -124,7 +130,7 @@ class HeldLinear(nn.Linear):
         return False
 
     def forward(self, input: Tensor) -> Tensor:
-        bias = _cast(self.bias, input)
+        bias = cast(self.bias, input)
         if len(self.layout[0]) == 2:
             return linear(input, self.packed, bias)
         biases = (None, None) if bias is None else bias.chunk(2)
@@ -142,125 +148,10 @@ class HeldLinear(nn.Linear):
         if name in state_dict:
             error_msgs.append(f"{name}: the model is accelerated and holds packed weights; load before accelerate()")
         others = {key: value for key, value in state_dict.items() if key != name}
-        super()._load_from_state_dict(
-            others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
 Packed = SharedLinear | HeldLinear
-
-
-class GatedMLP:
-    """What a gated MLP's class becomes a subclass of: its forward is one op over the packed weights of its Linears.
-
-    ``names``: the children that are gate, up and down; gate and up may be one child, whose first half is the gate.
-    """
-
-    names: tuple[str, str, str]
-    activation: str
-    gate_up: PackedWeight
-    halves: tuple[PackedWeight, ...]  # as gate and up got them; none where they are one Linear
-
-    @classmethod
-    def convert(cls, module: nn.Module, names: tuple[str, str, str], activation: str) -> None:
-        """``module``, whose Linears are converted already."""
-        module.__dict__.update(names=names, activation=activation)
-        module.__class__ = gated_class(type(module))
-        module.stack()  # type: ignore[operator]  # of this class from here on
-
-    def linears(self) -> list[Any]:
-        return [getattr(self, name) for name in self.names]
-
-    def stack(self) -> None:
-        """Gate and up as one packed weight, of which theirs are halves."""
-        gate, up, _ = self.linears()
-        if gate is up:
-            self.gate_up, self.halves = gate.packed, ()
-            return
-        parts = [each.packed for each in (gate, up)]
-        data, scale, zero = (
-            None if first is None else torch.stack([first, second])
-            for first, second in ((getattr(parts[0], n), getattr(parts[1], n)) for n in ("data", "scale", "zero"))
-        )
-        assert data is not None
-        shape = (2, *parts[0].shape)
-        self.place(PackedWeight(data, shape, parts[0].bits, parts[0].group_size, scale, zero))
-
-    def place(self, packed: PackedWeight) -> None:
-        """Let gate and up keep their weights in the halves of ``packed``, which holds their values."""
-        self.gate_up = _with_static_addresses(packed)
-        self.halves = half(packed, 0), half(packed, 1)
-        for each, own in zip(self.linears(), self.halves, strict=False):
-            each.place(own)
-
-    def restore(self) -> None:
-        """The module of the class that this was; its Linears are restored by themselves."""
-        for name in ("names", "activation", "gate_up", "halves"):
-            self.__dict__.pop(name)
-        self.__class__ = type(self).__bases__[1]
-
-    def stacked(self) -> bool:
-        """Whether gate and up still are the halves of ``gate_up``."""
-        gate, up, _ = self.linears()
-        if gate is up:
-            return self.gate_up.data is gate.packed.data
-        return all(each.packed.data is own.data for each, own in zip((gate, up), self.halves, strict=True))
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        gate, up, down = self.linears()
-        if args or kwargs or not all(_stands_for(each) for each in (gate, up, down)) or not self.stacked():
-            return super().forward(hidden, *args, **kwargs)  # type: ignore[misc]  # the MLP's own class is the next
-        biases = None
-        if gate.bias is not None:
-            biases = gate.bias.view(2, -1) if gate is up else torch.stack([gate.bias, up.bias])
-        return gated_mlp(
-            hidden, self.gate_up, down.packed, _cast(biases, hidden), _cast(down.bias, hidden),
-            activation=self.activation,
-        )  # fmt: skip
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GatedMLP":
-        super()._apply(fn, recurse)  # type: ignore[misc]
-        if all(isinstance(each, Packed) for each in self.linears()) and not self.stacked():
-            self.stack()
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {name: value for name, value in self.__dict__.items() if name not in ("gate_up", "halves")}
-        return _blank, (type(self).__bases__[1],), state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
-        self.stack()
-
-
-@cache
-def gated_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of an MLP's class that runs ``gated_mlp``."""
-    return type(f"Accelerated{base.__name__}", (GatedMLP, base), {"__doc__": GatedMLP.__doc__})
-
-
-def _blank(base: type[nn.Module]) -> nn.Module:
-    kind = gated_class(base)
-    return kind.__new__(kind)
-
-
-def _stands_for(module: Any) -> bool:
-    """Whether a kernel may compute what this Linear does without calling it."""
-    return (
-        isinstance(module, Packed)
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-        and not module._backward_pre_hooks
-        and not module._backward_hooks
-        and "forward" not in module.__dict__
-        and not module.wants_gradients()
-        and module.in_place()
-    )
-
-
-def is_accelerated(model: nn.Module) -> bool:
-    """Whether ``model`` has modules of these classes."""
-    return any(isinstance(module, Packed | GatedMLP) for module in model.modules())
 
 
 def held_elements(module: nn.Module) -> int:
@@ -287,9 +178,8 @@ def packed_exactly(weight: Tensor) -> PackedWeight:
 
 def half(packed: PackedWeight, index: int) -> PackedWeight:
     """The gate (0) or up (1) of a packed pair, as views."""
-    parts = {name: getattr(packed, name) for name in ("data", "scale", "zero")}
-    views = {name: None if tensor is None else tensor[index] for name, tensor in parts.items()}
-    return replace(packed, shape=packed.shape[1:], **views)
+    scale, zero = (None if each is None else each[index] for each in (packed.scale, packed.zero))
+    return replace(packed, data=packed.data[index], shape=packed.shape[1:], scale=scale, zero=zero)
 
 
 def _rows(packed: PackedWeight) -> PackedWeight:
@@ -299,12 +189,12 @@ def _rows(packed: PackedWeight) -> PackedWeight:
     return replace(packed, data=packed.data.flatten(0, 1), shape=(2 * packed.rows, packed.columns))
 
 
-def _cast(bias: Tensor | None, like: Tensor) -> Tensor | None:
+def cast(bias: Tensor | None, like: Tensor) -> Tensor | None:
     """In the dtype of the input, which autocast may have changed."""
     return None if bias is None else bias.to(like.dtype)
 
 
-def _with_static_addresses(packed: PackedWeight) -> PackedWeight:
+def with_static_addresses(packed: PackedWeight) -> PackedWeight:
     """Let CUDA graphs of torch.compile read the tensors where they are, as parameters, instead of copying them."""
     for tensor in (packed.data, packed.scale, packed.zero):
         if tensor is not None and tensor.is_cuda:
