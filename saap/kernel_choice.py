@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saap_kernels import PackedWeight, gated_mlp, linear, pack
+from saap_kernels.packed import LINE, round_up
 
 CACHES = 1 << 26  # bytes of weights read in turn, so that none is found in a cache
 ROWS_OF = 1 << 22  # weights: of larger matrices so many rows are timed, and the time is scaled up
@@ -36,7 +37,8 @@ def faster_with_kernel(
 ) -> bool:
     """Whether ours is faster for a Linear (N, K) or a gated MLP (F, K, D); ``bits`` 8, 4 or None for ``dtype``.
 
-    Measured at the first call for a shape (some tenths of a second) and remembered in this process.
+    Measured at the first call for a shape, its sizes rounded up to the whole lines that are stored (some tenths of a
+    second), and remembered in this process.
     """
     return timing(shape, bits, dtype, device, tokens).faster
 
@@ -45,7 +47,8 @@ def timing(
     shape: tuple[int, ...], bits: int | None, dtype: torch.dtype, device: torch.device, tokens: int = 1
 ) -> Timing:
     """The measurement behind ``faster_with_kernel``: medians of alternating runs over weights that are in no cache."""
-    return _timing(shape, bits, dtype, str(device), tokens, torch.get_num_threads())
+    stored = tuple(round_up(size, LINE) for size in shape)
+    return _timing(stored, bits, dtype, str(device), tokens, torch.get_num_threads())
 
 
 @cache
