@@ -1,4 +1,8 @@
-"""Run a model's MLPs and projections on the compacted-weight kernels: in place, and reversible."""
+"""Run a model's MLPs and projections on the compacted-weight kernels: in place, and reversible.
+
+transformers' hooks (``use_kernel_forward_from_hub``) do not fit: they are on norms, rotary embeddings and activations,
+replace stateless forwards by class, and cannot be taken back.
+"""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -16,7 +16,7 @@ from saap_kernels.packed import LINE, round_up
 CACHES = 1 << 26  # bytes of weights read in turn, so that none is found in a cache
 ROWS_OF = 1 << 22  # weights: of larger matrices so many rows are timed, and the time is scaled up
 REPEATS, LEAST_REPEATS, ENOUGH_SECONDS = 7, 2, 0.2  # of each; slow products are repeated less often
-MARGIN = 0.97  # of the library's time; closer is noise
+MARGIN = 0.9  # of the library's time; closer is noise, or little gained
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Timing:
 
     @property
     def faster(self) -> bool:
-        """Whether ours is, by more than noise."""
+        """Whether ours clearly is."""
         return self.kernel < MARGIN * self.library
 
 
@@ -56,9 +56,8 @@ def _timing(
     shape: tuple[int, ...], bits: int | None, dtype: torch.dtype, device: str, tokens: int, threads: int
 ) -> Timing:
     rows = min(shape[0], max(1, ROWS_OF // shape[1]))
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        x = torch.randn(tokens, shape[1], device=device, dtype=dtype)
+    with torch.inference_mode(False), torch.no_grad():
+        x = _uniform(tokens, shape[1], dtype, torch.device(device))
         calls = _linears(x, rows, bits) if len(shape) == 2 else _gated(x, rows, shape[2], bits)
         seconds = _interleaved(calls, torch.device(device))
     return Timing(*(value * shape[0] / rows for value in seconds))
@@ -66,7 +65,7 @@ def _timing(
 
 def _linears(x: Tensor, rows: int, bits: int | None) -> list[list[Callable[[], object]]]:
     """Calls of the library and of ours, each over as many weights as fill the caches."""
-    weight = _weight(x, rows, x.shape[1])
+    weight = _uniform(rows, x.shape[1], x.dtype, x.device)
     packed = pack(weight, bits=bits or 16)
     return [
         [lambda w=w: F.linear(x, w) for w in _copies(weight)],  # type: ignore[misc]  # one call per weight
@@ -75,7 +74,8 @@ def _linears(x: Tensor, rows: int, bits: int | None) -> list[list[Callable[[], o
 
 
 def _gated(x: Tensor, width: int, out: int, bits: int | None) -> list[list[Callable[[], object]]]:
-    gate_up, down = _weight(x, 2 * width, x.shape[1]), _weight(x, out, width)
+    sizes = (2 * width, x.shape[1]), (out, width)
+    gate_up, down = (_uniform(*size, x.dtype, x.device) for size in sizes)
     pairs = list(zip(_copies(gate_up), _copies(down), strict=False))
     packed = pack(gate_up.unflatten(0, (2, width)), bits=bits or 16), pack(down, bits=bits or 16)
     packed_pairs = list(zip(*map(_packed_copies, packed), strict=False))
@@ -90,8 +90,9 @@ def _gated(x: Tensor, width: int, out: int, bits: int | None) -> list[list[Calla
     ]
 
 
-def _weight(x: Tensor, rows: int, columns: int) -> Tensor:
-    return torch.empty(rows, columns, device=x.device, dtype=x.dtype).uniform_(-0.05, 0.05)
+def _uniform(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.empty(rows, columns, device=device, dtype=dtype).uniform_(-0.05, 0.05, generator=generator)
 
 
 def _copies(weight: Tensor) -> list[Tensor]:

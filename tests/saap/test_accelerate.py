@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import StaticCache
 
 import saap
 from saap.checkpoint import load, save
@@ -161,12 +163,43 @@ def test_generation_with_a_static_cache(family: str, bits: int | None) -> None:
     assert torch.equal(found, model.generate(prompt, cache_implementation="static", **options))
 
 
-@pytest.mark.parametrize("bits", [None, 8])
-@pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
-def test_one_graph_under_compilation(family: str, bits: int | None) -> None:
+def decode(model, forward) -> list[int]:
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    with torch.no_grad():
+        token = model(input_ids=ids(1, 5), past_key_values=cache).logits[:, -1:].argmax(-1)
+        found = []
+        for _ in range(4):
+            token = forward(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            found.append(int(token))
+    return found
+
+
+def compiled(model):
+    """The model under compilation without graph breaks, and what was compiled."""
     torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(model, fullgraph=True, backend=counter), counter
+
+
+def ops_of(counter: CompileCounterWithBackend) -> int:
+    return sum("saap" in str(node.target) for node in counter.graphs[0].graph.nodes)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_decoding_with_a_static_cache_compiles_to_one_graph(bits: int | None) -> None:
+    model = make("llama", num_hidden_layers=1)
+    saap.accelerate(model, bits=bits, **EVERYTHING)
+    forward, counter = compiled(model)
+    assert decode(model, forward) == decode(model, model)
+    assert counter.frame_count == 1 and ops_of(counter) == 5
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("family", ["phi3", "opt"])  # whose own code compiles no decoding into one graph
+def test_a_forward_pass_compiles_to_one_graph(family: str, bits: int | None) -> None:
     model = make(family, num_hidden_layers=1)
     saap.accelerate(model, bits=bits, **EVERYTHING)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    forward, counter = compiled(model)
     with torch.no_grad():
-        assert torch.equal(compiled(ids(), use_cache=False).logits, logits_of(model))
+        assert torch.equal(forward(ids(), use_cache=False).logits, logits_of(model))
+    assert counter.frame_count == 1 and ops_of(counter) == sum(expected_calls(family).values()) // LAYERS
