@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from saap_kernels import PackedWeight, linear, pack, unpack
 from saap_kernels.packed import LINE
 
+ALIGNMENT = 64  # bytes, of what torch allocates; weights in a mapped file may lie anywhere
+
 
 class SharedLinear(nn.Linear):
     """A Linear whose weight is a view of packed storage with the same values: a parameter as before.
@@ -171,7 +173,8 @@ def weight_of(linear: Any) -> Tensor:
 
 def packed_exactly(weight: Tensor) -> PackedWeight:
     """``pack(weight)`` without a copy of a weight that is stored that way already."""
-    if weight.is_contiguous() and not any(size % LINE for size in weight.shape[-2:]):
+    whole = weight.is_contiguous() and not any(size % LINE for size in weight.shape[-2:])
+    if whole and not weight.data_ptr() % ALIGNMENT:
         return PackedWeight(weight.detach(), tuple(weight.shape), 16)
     return pack(weight)
 

@@ -50,6 +50,18 @@ def test_one_copy_of_the_weights_is_in_memory(family: str) -> None:
     assert storages(model) == before
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+def test_weights_that_lie_as_the_kernels_want_are_not_copied(offset: int) -> None:
+    model = make("qwen2")
+    q = model.model.layers[0].self_attn.q_proj
+    q.weight.data = torch.empty(64 * 64 + offset)[offset:].view(64, 64).copy_(q.weight)
+    address, before = q.weight.data_ptr(), logits_of(model)
+    saap.accelerate(model, **EVERYTHING)
+    assert (q.packed.data.data_ptr() == address) is (offset == 0)
+    assert q.packed.data.data_ptr() % 64 == 0 and torch.equal(q.packed.data, q.weight)
+    torch.testing.assert_close(logits_of(model), before, **FP32)
+
+
 def test_quantised_weights_take_their_bits() -> None:
     model = wide("llama")
     weights = sum(p.nbytes for layer in model.model.layers for p in layer.parameters() if p.ndim == 2)
