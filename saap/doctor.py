@@ -25,7 +25,7 @@ OPTIONAL = {"datasets": "hub:... data", "peft": "LoRA on pruned models"}
 class ShapeChoice:
     """What ``accelerate`` would choose for one shape, a Linear (N, K) or a gated MLP (F, K, D), at one token.
 
-    ``bits`` None: weights as they are. Seconds are medians; ``choice`` is "saap" or "library".
+    ``bits`` None: weights as they are. Seconds are those of the fastest call; ``choice`` is "saap" or "library".
     """
 
     kind: str

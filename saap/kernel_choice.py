@@ -1,9 +1,9 @@
 """Whether our kernels are faster than the library's, measured once per shape in the dtype and on the device at hand."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from statistics import median
+from math import inf
 from time import perf_counter
 
 import torch
@@ -46,7 +46,7 @@ def faster_with_kernel(
 def timing(
     shape: tuple[int, ...], bits: int | None, dtype: torch.dtype, device: torch.device, tokens: int = 1
 ) -> Timing:
-    """The measurement behind ``faster_with_kernel``: medians of alternating runs over weights that are in no cache."""
+    """The measurement behind ``faster_with_kernel``: the fastest of alternating calls over weights in no cache."""
     stored = tuple(round_up(size, LINE) for size in shape)
     return _timing(stored, bits, dtype, str(device), tokens, torch.get_num_threads())
 
@@ -55,7 +55,7 @@ def timing(
 def _timing(
     shape: tuple[int, ...], bits: int | None, dtype: torch.dtype, device: str, tokens: int, threads: int
 ) -> Timing:
-    rows = min(shape[0], max(1, ROWS_OF // shape[1]))
+    rows = min(shape[0], max(LINE, ROWS_OF // shape[1] // LINE * LINE))
     with torch.inference_mode(False), torch.no_grad():
         x = _uniform(tokens, shape[1], dtype, torch.device(device))
         calls = _linears(x, rows, bits) if len(shape) == 2 else _gated(x, rows, shape[2], bits)
@@ -65,28 +65,25 @@ def _timing(
 
 def _linears(x: Tensor, rows: int, bits: int | None) -> list[list[Callable[[], object]]]:
     """Calls of the library and of ours, each over as many weights as fill the caches."""
-    weight = _uniform(rows, x.shape[1], x.dtype, x.device)
-    packed = pack(weight, bits=bits or 16)
+    weights, packed = _weights(x, rows, x.shape[1], bits)
     return [
-        [lambda w=w: F.linear(x, w) for w in _copies(weight)],  # type: ignore[misc]  # one call per weight
-        [lambda p=p: linear(x, p) for p in _packed_copies(packed)],  # type: ignore[misc]
+        [lambda w=w: F.linear(x, w) for w in weights],  # type: ignore[misc]  # one call per weight
+        [lambda p=p: linear(x, p) for p in packed],  # type: ignore[misc]
     ]
 
 
 def _gated(x: Tensor, width: int, out: int, bits: int | None) -> list[list[Callable[[], object]]]:
-    sizes = (2 * width, x.shape[1]), (out, width)
-    gate_up, down = (_uniform(*size, x.dtype, x.device) for size in sizes)
-    pairs = list(zip(_copies(gate_up), _copies(down), strict=False))
-    packed = pack(gate_up.unflatten(0, (2, width)), bits=bits or 16), pack(down, bits=bits or 16)
-    packed_pairs = list(zip(*map(_packed_copies, packed), strict=False))
+    """As ``_linears``, of a gated MLP."""
+    gate_up, down = _weights(x, width, x.shape[1], bits, pair=True), _weights(x, out, width, bits)
 
     def library(gate_up: Tensor, down: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2)
+        gate, up = gate_up
         return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
+    pairs, packed = (list(zip(gate_up[i], down[i], strict=False)) for i in range(2))
     return [
         [lambda pair=pair: library(*pair) for pair in pairs],  # type: ignore[misc]  # one call per weight
-        [lambda pair=pair: gated_mlp(x, *pair, activation="silu") for pair in packed_pairs],  # type: ignore[misc]
+        [lambda pair=pair: gated_mlp(x, *pair, activation="silu") for pair in packed],  # type: ignore[misc]
     ]
 
 
@@ -95,34 +92,50 @@ def _uniform(rows: int, columns: int, dtype: torch.dtype, device: torch.device) 
     return torch.empty(rows, columns, device=device, dtype=dtype).uniform_(-0.05, 0.05, generator=generator)
 
 
-def _copies(weight: Tensor) -> list[Tensor]:
-    return [weight.clone() for _ in range(max(1, min(64, CACHES // max(1, weight.nbytes))))]
+def _weights(
+    x: Tensor, rows: int, columns: int, bits: int | None, pair: bool = False
+) -> tuple[list[Tensor], list[PackedWeight]]:
+    """Weights (rows, columns), or (2, rows, columns) of a ``pair``, plain and packed: some rows again and again."""
+    line = _uniform(LINE, columns, x.dtype, x.device)
+    line = torch.stack([line, line]) if pair else line
+    packed = pack(line, bits=bits or 16)
+
+    def repeated(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor] * (rows // LINE), -2)
+
+    scale, zero = (None if each is None else repeated(each) for each in (packed.scale, packed.zero))
+    whole = replace(packed, shape=(*packed.shape[:-2], rows, columns), scale=scale, zero=zero)
+    return _copies(repeated(line)), [replace(whole, data=each) for each in _copies(repeated(packed.data))]
 
 
-def _packed_copies(packed: PackedWeight) -> list[PackedWeight]:
-    count = max(1, min(64, CACHES // packed.nbytes))
-    parts = (packed.scale, packed.zero)
-    return [
-        PackedWeight(packed.data.clone(), packed.shape, packed.bits, packed.group_size, *parts) for _ in range(count)
-    ]
+def _copies(tensor: Tensor) -> list[Tensor]:
+    return [tensor.clone() for _ in range(max(1, min(64, CACHES // tensor.nbytes)))]
 
 
 def _interleaved(calls: list[list[Callable[[], object]]], device: torch.device) -> list[float]:
-    """Median seconds of one call of each list, whose runs alternate; the first run of each is not counted."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    begin = perf_counter()
+    """Seconds of the fastest call of each list; lists take turns call by call, and the first round is not counted.
+
+    The fastest: what other work on the machine adds to a call is no property of a product.
+    """
+    seconds = [inf] * len(calls)
+    begin, rounds = perf_counter(), max(map(len, calls))
     for repeat in range(REPEATS + 1):
         if repeat > LEAST_REPEATS and perf_counter() - begin > ENOUGH_SECONDS:
             break
-        for own, found in zip(calls, seconds, strict=True):
-            _finish(device)
-            start = perf_counter()
-            for call in own:
-                call()
-            _finish(device)
-            if repeat:
-                found.append((perf_counter() - start) / len(own))
-    return [median(found) for found in seconds]
+        for turn in range(rounds):
+            for index, own in enumerate(calls):
+                found = _seconds(own[turn % len(own)], device)
+                if repeat:
+                    seconds[index] = min(seconds[index], found)
+    return seconds
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    _finish(device)
+    start = perf_counter()
+    call()
+    _finish(device)
+    return perf_counter() - start
 
 
 def _finish(device: torch.device) -> None:
