@@ -34,6 +34,7 @@ BENCHMARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("least_squares", ()),
     ("criteria", ()),
     ("compensation", ()),
+    ("end_to_end", ()),
 )
 LEAST_SECONDS = 20  # with less time left no module is started
 

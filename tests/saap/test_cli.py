@@ -97,6 +97,13 @@ def test_doctor_says_what_works_and_why_not() -> None:
     assert "cuda:" in run("doctor").stdout
 
 
+def test_doctor_says_what_is_faster_for_a_model(tmp_path) -> None:
+    saap.save(tiny_model("llama", torch.float32), tmp_path / "dense")
+    found = json.loads(run("doctor", "--shapes", tmp_path / "dense", "--json").stdout)["shapes"]
+    assert [(each["kind"], each["bits"]) for each in found[:3]] == [("MLP", None), ("MLP", 8), ("MLP", 4)]
+    assert all(each["choice"] in ("saap", "library") and each["kernel_seconds"] > 0 for each in found)
+
+
 @pytest.mark.parametrize("command", ["prune", "calibrate", "plan", "eval", "info", "compare", "doctor"])
 def test_every_command_teaches(command: str) -> None:
     text = run(command, "--help").stdout
