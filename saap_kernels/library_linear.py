@@ -67,7 +67,7 @@ def _product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """(T, N) or (T, N') of x (T, K), or (T, K') with zeros beyond K; ``bias`` (N,)."""
     if x.is_cuda:
         return _whole_product(x, _values(weight, x.dtype), weight, bias)
-    if weight.bits == 16 and weight.data.dtype == x.dtype and (x.dtype.itemsize > 2 or _multiplies(x.dtype)):
+    if weight.bits == 16 and weight.data.dtype == x.dtype and (x.dtype.itemsize > 2 or multiplies(x.dtype)):
         values = _narrow(weight.data, weight.columns)[: weight.rows]
         return functional.linear(_narrow(x, weight.columns), values, bias)
     return _product_by_panels(_narrow(x, weight.columns), weight, bias)
@@ -147,7 +147,7 @@ def _written_out(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 
 @cache
-def _multiplies(dtype: torch.dtype) -> bool:
+def multiplies(dtype: torch.dtype) -> bool:
     """Whether the processor has instructions for products of a 16-bit dtype; torch is slow without, fp32 is not."""
     if dtype == torch.bfloat16:
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -128,7 +128,7 @@ def _found_paths(op: str, x: Tensor, weight: PackedWeight) -> tuple[Path, ...]:
         warn_of_reference("; ".join(f"{name}: {refusal(name, (x,), INFERENCE)}" for name in names))
     rungs = switch_points.measured_rungs(op, x.device, x.dtype, weight)
     if rungs is None or not _can_run(rungs, kernels):
-        rungs = switch_points.default_rungs(x.device, weight, kernels)
+        rungs = switch_points.default_rungs(x.device, x.dtype, weight, kernels)
     return tuple((sys.maxsize if most is None else most, module_of(name)) for most, name in rungs)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
+from saap_kernels.library_linear import multiplies
 from saap_kernels.packed import PackedWeight
 from saap_kernels.switch_points import table
 from saap_kernels.switch_points.table import Rungs
@@ -16,7 +17,7 @@ LIBRARY = "library"
 # Where nothing was measured: up to so many tokens a product is bound by reading the weight, and kernels run.
 DECODE_TOKENS = 16
 # Above, weights that the library's GEMM reads as they are go there. Those that it would first have to write out again
-# (quantised ones on any device, 16-bit ones on a CPU) stay with a kernel that takes any number of tokens.
+# (quantised ones, 16-bit ones on a CPU that cannot multiply them) stay with a kernel that takes any number of tokens.
 SIZES = (("small", 6 << 20), ("medium", 24 << 20))  # weights of a product: up to a 7B model's k, and its q and o
 LARGEST = "large"
 
@@ -47,16 +48,21 @@ def measured_rungs(op: str, device: torch.device, dtype: torch.dtype, weight: Pa
     return _measured[name].get(key(op, dtype, weight))
 
 
-def default_rungs(device: torch.device, weight: PackedWeight, kernels: Mapping[str, int | None]) -> Rungs:
-    """The rule where nothing was measured; ``kernels``: usable ones, best first, and the most tokens they take."""
+def default_rungs(
+    device: torch.device, dtype: torch.dtype, weight: PackedWeight, kernels: Mapping[str, int | None]
+) -> Rungs:
+    """The rule where nothing was measured; ``kernels``: usable ones, best first, and the most tokens they take.
+
+    ``dtype`` is that of x.
+    """
     wide = weight.bits == 16 and weight.data.dtype.itemsize > 2
     if wide or not kernels:
         return ((None, LIBRARY),)  # fp32 and fp64 kernels are there to be right
     first, most = next(iter(kernels.items()))
     decode = (DECODE_TOKENS if most is None else min(DECODE_TOKENS, most), first)
-    copied = weight.bits != 16 or device.type == "cpu"
-    above = next((name for name, most in kernels.items() if most is None), None) if copied else None
-    return (decode, (None, above or LIBRARY))
+    multiplied = weight.bits == 16 and weight.data.dtype == dtype and (device.type != "cpu" or multiplies(dtype))
+    above = next((name for name, most in kernels.items() if most is None), LIBRARY)
+    return (decode, (None, LIBRARY if multiplied else above))
 
 
 def status(device: torch.device | str) -> str:

@@ -88,7 +88,7 @@ def test_a_cpu_writes_out_a_panel_at_a_time(monkeypatch, bits) -> None:
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_weights_of_another_dtype_than_x(dtype, x_dtype, multiplies, monkeypatch) -> None:
-    monkeypatch.setattr(library_linear, "_multiplies", lambda dtype: multiplies)
+    monkeypatch.setattr(library_linear, "multiplies", lambda dtype: multiplies)
     x, packed, _ = case((5, 63, 65), dtype)
     x = x.to(x_dtype)
     found = library_linear.linear(x, packed, None)

@@ -101,10 +101,18 @@ def test_unmeasured_kernels_run_few_tokens_and_whatever_would_else_be_copied(pla
 
 def test_unmeasured_rules_of_a_gpu() -> None:
     both = {"cuda": 16, "triton": None}
-    half = ((16, "cuda"), (None, LIBRARY))
-    assert default_rungs(CUDA, HALF, both) == half == default_rungs(CUDA, HALF, {"cuda": 16})
-    assert default_rungs(CUDA, QUANTISED, both) == ((16, "cuda"), (None, "triton"))
-    assert default_rungs(CUDA, QUANTISED, {}) == ((None, LIBRARY),)
+    half, dtype = ((16, "cuda"), (None, LIBRARY)), torch.bfloat16
+    assert default_rungs(CUDA, dtype, HALF, both) == half == default_rungs(CUDA, dtype, HALF, {"cuda": 16})
+    assert default_rungs(CUDA, dtype, QUANTISED, both) == ((16, "cuda"), (None, "triton"))
+    assert default_rungs(CUDA, dtype, QUANTISED, {}) == ((None, LIBRARY),)
+
+
+@pytest.mark.parametrize("instructions", [False, True])
+def test_unmeasured_16_bit_weights_go_to_the_library_of_a_cpu_that_multiplies_them(monkeypatch, instructions) -> None:
+    monkeypatch.setattr(switch_points, "multiplies", lambda dtype: instructions)
+    above = LIBRARY if instructions else "cpu"
+    assert default_rungs(CPU, torch.bfloat16, HALF, {"cpu": None}) == ((16, "cpu"), (None, above))
+    assert default_rungs(CPU, torch.float32, HALF, {"cpu": None}) == ((16, "cpu"), (None, "cpu"))
 
 
 def test_what_is_asked_for_runs_as_many_tokens_as_it_takes(planted) -> None:
