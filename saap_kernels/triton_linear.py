@@ -1,7 +1,7 @@
 """Triton: x W' + b of a packed weight; few tokens are bound by reading it, more of them by the products.
 
-One kernel does both: up to 16 tokens its tiles are long in K and several programs may share a tile's K, whose fp32 sums
-a second kernel adds in order. No atomics.
+One kernel does both. Up to 16 tokens its tiles are long in K, and where they are few several programs share the K of
+one, whose fp32 sums a second kernel adds in order. No atomics.
 """
 
 import torch
@@ -9,18 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saap_kernels import triton_gated
 from saap_kernels._launch import launching
 from saap_kernels.packed import PackedWeight
-from saap_kernels.triton_config import LinearConfig, Operands, choose_config
+from saap_kernels.triton_config import FINISH_N, LinearConfig, Operands, choose_config
 from saap_kernels.triton_packed import products, tile_of
 
-FINISH_N = 256  # results of one program of the second kernel
+gated_linear = triton_gated.gated_linear
 
 
-@triton.jit(do_not_specialize=["T", "N_units", "K", "x_units", "groups", "group", "steps"])
+@triton.jit(do_not_specialize=["T", "N_units", "K", "x_units", "groups", "steps"])
 def linear_kernel(
-    x, data, scales, zeros, bias, out, T, N_units, K, x_units, rows, pitch, groups, group, steps,
-    BITS: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, SPLIT_GROUPS: tl.constexpr, STREAM: tl.constexpr,
+    x, data, scales, zeros, bias, out, T, N_units, K, x_units, rows, pitch, groups, steps,
+    BITS: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, STREAM: tl.constexpr,
     EXACT: tl.constexpr, N_UNIT: tl.constexpr, X_UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -30,21 +31,20 @@ def linear_kernel(
     first = split * steps
     acc, _ = products(
         x, data, scales, zeros, tile_t * BLOCK_T, tile_n * BLOCK_N,
-        first, tl.minimum(first + steps, tl.cdiv(K, BLOCK_K)), T, K, x_units * X_UNIT, rows, pitch, groups, group,
-        BITS, False, SPLIT_GROUPS, STREAM, EXACT, BLOCK_T, BLOCK_N, BLOCK_K,
+        first, tl.minimum(first + steps, tl.cdiv(K, BLOCK_K)), T, K, x_units * X_UNIT, rows, pitch, groups,
+        BITS, False, GROUP, STREAM, EXACT, BLOCK_T, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    n, t = tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    n, t = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :], (tile_t * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
     if SPLIT:  # partial (S, T, N')
-        at = (split.to(tl.int64) * T + t)[:, None] * rows + n[None, :]
-        tl.store(out + at, acc.T, mask=(t < T)[:, None] & (n < rows)[None, :])
+        at = (split.to(tl.int64) * T + t) * rows + n
+        tl.store(out + at, acc, mask=(t < T) & (n < rows))
     else:
         if BIAS:
-            acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        at = t.to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(out + at, acc.T.to(out.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :])
+            acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+        tl.store(out + t.to(tl.int64) * N + n, acc.to(out.dtype.element_ty), mask=(t < T) & (n < N))
 
 
-@triton.jit(do_not_specialize=["N", "splits", "plane"])
+@triton.jit(do_not_specialize=["N", "splits"])
 def linear_finish_kernel(partial, bias, out, N, rows, splits, plane, BIAS: tl.constexpr, BLOCK_N: tl.constexpr):
     n, t = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1).to(tl.int64)
     valid = n < N
@@ -60,34 +60,33 @@ def linear_finish_kernel(partial, bias, out, N, rows, splits, plane, BIAS: tl.co
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, config: LinearConfig | None = None) -> Tensor:
     """As ``reference_linear.linear``; x in fp16, bf16 or fp32."""
-    return _linear(Operands.of(x, weight, weight.columns), bias, config)
+    return _linear(Operands(x, weight, weight.columns), bias, config)
 
 
 def linear_of_padded(
     h: Tensor, weight: PackedWeight, bias: Tensor | None, config: LinearConfig | None = None
 ) -> Tensor:
-    """As ``reference_linear.linear_of_padded``: the zeros beyond K are multiplied, so that no step needs a mask."""
-    return _linear(Operands.of(h, weight, h.shape[1]), bias, config)
+    """As ``reference_linear.linear_of_padded``: the zeros beyond K are multiplied, in loads that need no edge."""
+    return _linear(Operands(h, weight, h.shape[1]), bias, config)
 
 
 def _linear(operands: Operands, bias: Tensor | None, config: LinearConfig | None) -> Tensor:
-    x, weight = operands.x, operands.weight
+    x, rows, padded = operands.x, operands.weight.rows, operands.weight.data.shape[-2]
     config = config or choose_config(operands.problem(gated=False))
-    tokens, rows, padded = len(x), weight.rows, weight.data.shape[-2]
+    tokens, split = len(x), config.splits > 1
     out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
-    split = config.splits > 1
     to = torch.empty(config.splits, tokens, padded, dtype=torch.float32, device=x.device) if split else out
     unit = 1 if rows % 8 else 8
-    grid = -(-rows // config.block_n) * -(-tokens // config.block_t), config.splits
+    bias_or_x = x if bias is None else bias
     with launching("linear_kernel", x.device):
-        linear_kernel[grid](
-            x, weight.data, operands.scale, operands.zero, x if bias is None else bias, to,
+        linear_kernel[operands.grid(config)](
+            x, operands.weight.data, operands.scale, operands.zero, bias_or_x, to,
             tokens, rows // unit, *operands.sizes(config),
             BIAS=bias is not None, SPLIT=split, N_UNIT=unit, **operands.constants(config),
         )  # fmt: skip
         if split:
             linear_finish_kernel[(-(-rows // FINISH_N), tokens)](
-                to, x if bias is None else bias, out, rows, padded, config.splits, tokens * padded,
+                to, bias_or_x, out, rows, padded, config.splits, tokens * padded,
                 BIAS=bias is not None, BLOCK_N=FINISH_N, num_warps=4,
             )  # fmt: skip
     return out
