@@ -8,7 +8,7 @@ from saap_kernels import reference_linear
 from saap_kernels.backend import choose
 from saap_kernels.packed import PackedWeight, of_layout
 
-IMPLEMENTED = ("reference",)  # in order of preference
+IMPLEMENTED = ("triton", "reference")  # in order of preference
 
 
 def linear(
@@ -46,5 +46,10 @@ def gated_mlp(
 
 
 def _chosen(op: str, x: Tensor, weight: PackedWeight) -> ModuleType:
-    """The module that runs ``op``; all have the functions of ``reference_linear``."""
-    return {"reference": reference_linear}[choose(op, IMPLEMENTED, x)]
+    """The module that runs ``op``; all have the functions of ``reference_linear``. Triton is imported only to run."""
+    name = choose(op, IMPLEMENTED, x)
+    if name == "triton":
+        from saap_kernels import triton_linear
+
+        return triton_linear
+    return {"reference": reference_linear}[name]

@@ -17,7 +17,7 @@ WHOLE_ROW = 1 << 30  # the group of rows of one group: widths that differ compil
 
 @dataclass(frozen=True)
 class Problem:
-    """What a configuration depends on: T, N or F, K, and ``group`` columns of one scale, of x's dtype."""
+    """What a configuration depends on; ``rows`` is N or F, ``group`` columns share a scale, ``dtype`` is x's."""
 
     tokens: int
     rows: int
@@ -27,6 +27,7 @@ class Problem:
     dtype: torch.dtype
     gated: bool
     processors: int
+    capability: int
 
 
 @dataclass(frozen=True)
@@ -43,21 +44,27 @@ class LinearConfig:
 
 def choose_config(problem: Problem) -> LinearConfig:
     """A frozen tile by class of shape, so that pruned layers compile nothing new; K is split where tiles are few."""
-    few, quantised = problem.tokens <= FEW_TOKENS, problem.bits != 16
-    if problem.dtype == torch.float32:  # the correctness path
-        config = LinearConfig(16, 64, 32, 4, 2)
-    elif few:
-        # 16 KiB of weight a step (8 KiB of int4), three steps in flight, two programs on a multiprocessor
-        config = LinearConfig(16, 128 if quantised and not problem.gated else 64, 128, 4, 4)
-    elif problem.gated:
-        config = LinearConfig(128, 64, 64, 4, 3)
-    else:
-        config = LinearConfig(128, 128, 64, 8, 4)
+    config = _tile(problem)
     config = replace(config, block_k=step_columns(config.block_k, problem.bits, problem.group))
-    if not few:
+    if problem.tokens > FEW_TOKENS:
         return config
     tiles, steps = -(-problem.rows // config.block_n), -(-problem.columns // config.block_k)
     return replace(config, splits=split_count(tiles, steps, problem.processors))
+
+
+def _tile(problem: Problem) -> LinearConfig:
+    """What fits the registers, and 99 KiB of shared memory, which is all that devices other than Hopper may have."""
+    hopper = 90 <= problem.capability < 100
+    if problem.dtype == torch.float32:  # the correctness path
+        return LinearConfig(16, 32, 32, 4, 2)
+    if problem.tokens <= FEW_TOKENS:
+        # 16 KiB of weight a step (int4: 8 KiB; gate and up: twice 16 KiB), for two programs on a multiprocessor
+        if problem.gated:
+            return LinearConfig(16, 64, 128, 4, 4 if hopper else 3)
+        return LinearConfig(16, 64 if problem.bits == 16 else 128, 128, 4, 4)
+    if problem.gated:
+        return LinearConfig(128, 128 if hopper else 64, 64, 8, 3)
+    return LinearConfig(128, 128, 64 if hopper else 32, 8, 4)
 
 
 def step_columns(most: int, bits: int, group: int) -> int:
@@ -77,6 +84,14 @@ def split_count(tiles: int, steps: int, processors: int) -> int:
     wanted = -(-PROGRAMS * processors // tiles)
     splits = max(1, min(wanted, steps // SHORTEST_SPLIT))
     return -(-steps // -(-steps // splits))
+
+
+def processors_and_capability(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors and ten times the compute capability; elsewhere, where kernels are interpreted, one of 80."""
+    if device.type != "cuda":
+        return 1, 80
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.major * 10 + properties.minor
 
 
 @dataclass(frozen=True)
@@ -102,26 +117,31 @@ class Operands:
         return WHOLE_ROW if group >= self.weight.columns else group
 
     def problem(self, *, gated: bool) -> Problem:
-        processors = 1
-        if self.x.is_cuda:
-            processors = torch.cuda.get_device_properties(self.x.device).multi_processor_count
+        x, weight = self.x, self.weight
         return Problem(
-            len(self.x), self.weight.rows, self.columns, self.weight.bits, self.group, self.x.dtype, gated, processors
-        )
+            len(x), weight.rows, self.columns, weight.bits, self.group, x.dtype, gated,
+            *processors_and_capability(x.device),
+        )  # fmt: skip
+
+    @property
+    def _pitch(self) -> int:
+        """Of x; that of a single token is not used."""
+        return self.x.stride(0) if len(self.x) > 1 else 0
 
     @property
     def _x_unit(self) -> int:
         """What x's pitch is passed in multiples of: Triton sees only by such a factor that rows are aligned."""
-        return 1 if self.x.stride(0) % 8 else 8
+        return 1 if self._pitch % 8 else 8
 
     def grid(self, config: LinearConfig) -> tuple[int, int]:
-        return -(-self.weight.rows // config.block_n) * -(-len(self.x) // config.block_t), config.splits
+        """Tiles of all padded rows, which gated results have too, by splits."""
+        return -(-self.weight.data.shape[-2] // config.block_n) * -(-len(self.x) // config.block_t), config.splits
 
     def sizes(self, config: LinearConfig) -> tuple[int, ...]:
         """K, x's pitch, rows and pitch of the data, groups of a row, steps of one split."""
         data, steps = self.weight.data, -(-self.columns // config.block_k)
         groups = 1 if self.weight.scale is None else self.weight.scale.shape[-1]
-        pitch = self.x.stride(0) // self._x_unit
+        pitch = self._pitch // self._x_unit
         return self.columns, pitch, data.shape[-2], data.shape[-1], groups, -(-steps // config.splits)
 
     def constants(self, config: LinearConfig) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def gated_kernel(
     STREAM: tl.constexpr, EXACT: tl.constexpr, X_UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile_n, tile_t = tile_of(tl.cdiv(F, BLOCK_N), tl.cdiv(T, BLOCK_T), 8)
+    tile_n, tile_t = tile_of(tl.cdiv(rows, BLOCK_N), tl.cdiv(T, BLOCK_T), 8)
     split = tl.program_id(1)
     first = split * steps
     gate, up = products(

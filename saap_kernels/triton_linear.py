@@ -26,7 +26,7 @@ def linear_kernel(
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     N = N_units * N_UNIT
-    tile_n, tile_t = tile_of(tl.cdiv(N, BLOCK_N), tl.cdiv(T, BLOCK_T), 8)
+    tile_n, tile_t = tile_of(tl.cdiv(rows, BLOCK_N), tl.cdiv(T, BLOCK_T), 8)
     split = tl.program_id(1)
     first = split * steps
     acc, _ = products(
@@ -77,7 +77,7 @@ def _linear(operands: Operands, bias: Tensor | None, config: LinearConfig | None
     out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     to = torch.empty(config.splits, tokens, padded, dtype=torch.float32, device=x.device) if split else out
     unit = 1 if rows % 8 else 8
-    bias_or_x = x if bias is None else bias
+    bias_or_x = x if bias is None else bias.contiguous()
     with launching("linear_kernel", x.device):
         linear_kernel[operands.grid(config)](
             x, operands.weight.data, operands.scale, operands.zero, bias_or_x, to,
