@@ -49,15 +49,13 @@ def finish_report(capability: int, *, gated: bool) -> Report:
 
 
 def inference_reports(capability: int) -> Iterator[Report]:
-    """Every kind of tile that ``choose_config`` picks: split and whole, and for groups of 32 in fp16."""
+    """Every kind of tile that ``choose_config`` picks: split and whole, and of groups of 32 in fp16."""
     for gated in (False, True):
         for bits, tokens in product((16, 8, 4), (FEW, MANY)):
             yield inference_report(capability, torch.bfloat16, bits, tokens, gated=gated)
-        for bits in (16, 4):
-            yield inference_report(capability, torch.bfloat16, bits, FEW, gated=gated, rows=65536)
-            yield inference_report(capability, torch.float32, bits, FEW, gated=gated)
-        for bits in (8, 4):
-            yield inference_report(capability, torch.float16, bits, FEW, gated=gated, group=32)
+        yield inference_report(capability, torch.bfloat16, 16, FEW, gated=gated, rows=65536)
+        yield inference_report(capability, torch.float32, 4, FEW, gated=gated)
+        yield inference_report(capability, torch.float16, 8, FEW, gated=gated, group=32)
         yield finish_report(capability, gated=gated)
-    for tokens in (FEW, MANY):
-        yield inference_report(capability, torch.bfloat16, 16, tokens, aligned=False)
+    yield inference_report(capability, torch.float16, 4, FEW, group=32)
+    yield inference_report(capability, torch.bfloat16, 16, MANY, aligned=False)

@@ -1,4 +1,4 @@
-"""The Triton inference kernels against float64: run by test_triton_linear.py interpreted, by test_gpu_triton.py on a device."""
+"""Triton inference kernels against float64: interpreted by test_triton_linear.py, on a device by test_gpu_triton.py."""
 
 from dataclasses import replace
 
