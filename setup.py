@@ -15,11 +15,17 @@ from pathlib import Path
 import setuptools
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 
-CPU_SOURCES = ["csrc/bindings.cpp", "csrc/activation_sums.cpp", "csrc/salience_reduce.cpp"]
-_CUDA = ("activation_sums", "weight_salience", "linear_decode", "linear_decode_f32")
-_HEADERS = ("device", "linear_decode", "linear_decode_stage", "linear_decode_multiply")
-CUDA_SOURCES = [f"csrc/{name}.cu" for name in _CUDA]
-CUDA_HEADERS = ["csrc/kernels.h", *(f"csrc/{name}.cuh" for name in _HEADERS)]
+CPU_SOURCES = [
+    f"csrc/{name}.cpp" for name in ("bindings", "activation_sums", "linear_cpu", "salience_reduce", "unpack_cpu")
+]
+CPU_HEADERS = ["csrc/packed_blocks.h", "csrc/packed_rows.h"]
+CUDA_SOURCES = [
+    f"csrc/{name}.cu" for name in ("activation_sums", "weight_salience", "linear_decode", "linear_decode_f32")
+]
+CUDA_HEADERS = [
+    "csrc/kernels.h",
+    *(f"csrc/{name}.cuh" for name in ("device", "linear_decode", "linear_decode_stage", "linear_decode_multiply")),
+]
 DEFAULT_ARCHS = "80;90a"
 
 
@@ -140,7 +146,7 @@ setuptools.setup(
             CPU_SOURCES,
             cxx_std=17,
             include_dirs=["csrc"],
-            depends=[*CUDA_HEADERS, *CUDA_SOURCES],
+            depends=[*CPU_HEADERS, *CUDA_HEADERS, *CUDA_SOURCES],
             extra_compile_args=["-O3", "-fvisibility=hidden"],
         )
     ],

@@ -29,7 +29,7 @@ REGISTERS, WARPS, PROGRAMS = 65_536, 64, 32  # of a multiprocessor
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 COUNTED = {  # instructions of the PTX
     "wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync", "tma": r"cp\.async\.bulk\.tensor",
-    "cp": r"cp\.async\.c[ag]\.shared\.global", "narrow": r"ld\.global\.b(?:8|16)\b",
+    "cp": r"cp\.async\.c[ag]\.shared\.global", "cp16": r"cp\.async\.cg\.", "narrow": r"ld\.global\.b(?:8|16)\b",
 }  # fmt: skip
 
 
@@ -204,10 +204,19 @@ def reports() -> Iterator[Report]:
         yield sequence_report(capability)
 
 
+def every_report() -> Iterator[Report]:
+    """Of the calibration ops and of the inference ops."""
+    from benchmarks.compile_inference import inference_reports  # which builds on this module
+
+    yield from reports()
+    for capability in (80, 90):
+        yield from inference_reports(capability)
+
+
 def main() -> None:
     counts = " ".join(f"{name:>6}" for name in COUNTED)
     print(f"triton {triton.__version__}\n{'kernel':66} {'':5} registers stack  shared {'per SM':15} {counts} spills")
-    for report in reports():
+    for report in every_report():
         print(report, flush=True)
 
 

@@ -4,6 +4,7 @@
 #include "linear_decode_stage.cuh"
 
 namespace saap {
+namespace {
 
 template <int Tiles>
 using Sums = float[Tiles][Tiles][4];  // of tiles of rows and of tokens
@@ -217,4 +218,5 @@ __device__ inline void multiply_stage(Sums<Tiles>& total, const LinearDecode& a,
       for (int e = 0; e < 4; ++e) total[tile][other][e] += part[tile][other][e];
 }
 
+}  // namespace
 }  // namespace saap

@@ -6,6 +6,7 @@
 #include "linear_decode.cuh"
 
 namespace saap {
+namespace {
 
 constexpr int kLines = 128, kStageBytes = 128, kStages = 4;
 constexpr int kWeightBytes = kLines * kStageBytes, kElements = 4096;  // of a stage: the weight's bytes, x at most
@@ -179,4 +180,5 @@ struct Reader {
   }
 };
 
+}  // namespace
 }  // namespace saap

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from saap_kernels import reference_linear
+from saap_kernels import library_linear
 from saap_kernels._launch import launching
 from saap_kernels.cuda import DTYPES, native, stream
 from saap_kernels.packed import PackedWeight
@@ -23,9 +23,9 @@ _ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """As ``reference_linear.linear``."""
     if not _takes(x, weight):
-        return reference_linear.linear(x, weight, bias)
+        return library_linear.linear(x, weight, bias)
     with launching("linear", x.device):
-        result = x.new_empty(len(x), weight.rows)
+        result = torch.empty(len(x), weight.rows, dtype=x.dtype, device=x.device)
         _decode(x, weight, bias, None, result)
     return result
 
@@ -33,16 +33,18 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
 def gated_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str) -> Tensor:
     """As ``reference_linear.gated_linear``."""
     if not _takes(x, weight):
-        return reference_linear.gated_linear(x, weight, bias, activation)
+        return library_linear.gated_linear(x, weight, bias, activation)
     with launching("gated_linear", x.device):
-        result = x.new_empty(len(x), padded_width(weight.rows))
+        result = torch.empty(len(x), padded_width(weight.rows), dtype=x.dtype, device=x.device)
         _decode(x, weight, bias, activation, result)
     return result
 
 
 def linear_of_padded(h: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """As ``reference_linear.linear_of_padded``."""
-    return linear(h[:, : weight.columns], weight, bias)
+    if not _takes(h, weight):
+        return library_linear.linear_of_padded(h, weight, bias)
+    return linear(h, weight, bias)  # which reads the weight's columns only
 
 
 def plan(lines: int, columns: int, tokens: int, bits: int, processors: int) -> tuple[int, int]:
@@ -68,11 +70,12 @@ def most_slices(tokens: int, bits: int) -> int:
 
 def _takes(x: Tensor, weight: PackedWeight) -> bool:
     """Whether the kernel computes this product: it counts columns and bytes of a row in 32 bits."""
-    stored = weight.data if weight.scale is None else weight.scale
-    fits = x.dtype in DTYPES and stored.dtype == x.dtype
-    if weight.scale is not None and not fits:
-        fits = x.dtype in DTYPES and (stored.dtype == torch.float32 or x.dtype == torch.float32 and stored.dtype in DTYPES)
-    return fits and 1 <= len(x) <= TOKENS and weight.columns <= COLUMNS and weight.data.data_ptr() % 16 == 0
+    if x.dtype not in DTYPES or not 1 <= len(x) <= TOKENS or weight.columns > COLUMNS or weight.data.data_ptr() % 16:
+        return False
+    if weight.scale is None:
+        return weight.data.dtype == x.dtype
+    scale = weight.scale.dtype
+    return scale in (x.dtype, torch.float32) or (x.dtype == torch.float32 and scale in DTYPES)
 
 
 def _decode(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str | None, result: Tensor) -> None:
@@ -81,7 +84,7 @@ def _decode(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: st
     slices, splits = 1, 1
     if x.dtype != torch.float32:
         slices, splits = plan(halves * rows, columns, tokens, weight.bits, processors(x.device))
-    partial = x.new_empty(splits, halves, tokens, rows, dtype=torch.float32) if splits > 1 else None
+    partial = torch.empty(splits if splits > 1 else 0, halves, tokens, rows, dtype=torch.float32, device=x.device)
     bias = None if bias is None else bias.contiguous()
     native().linear_decode(
         x.data_ptr(), x.stride(0), tokens,
@@ -90,7 +93,7 @@ def _decode(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: st
         0 if scale is None else scale.data_ptr(), 0 if zero is None else zero.data_ptr(),
         0 if scale is None else scale.stride(0), weight.group_size or 0, 0 if scale is None else scale.shape[-1],
         0 if scale is None else DTYPES[scale.dtype], 0 if bias is None else bias.data_ptr(), _ACTIVATIONS[activation],
-        slices, splits, 0 if partial is None else partial.data_ptr(), result.data_ptr(), result.stride(0),
+        slices, splits, partial.data_ptr(), result.data_ptr(), result.stride(0),
         DTYPES[x.dtype], stream(x.device),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from saap_kernels import _ext, triton_weight_salience
+from saap_kernels import _ext, triton_config, triton_weight_salience
 
 real_is_available = torch.cuda.is_available
 
@@ -44,6 +44,7 @@ def pytest_configure(config) -> None:
     driver.set_active(Hopper())
     JITFunction.__getitem__ = compiled_instead
     triton_weight_salience._config = frozen_config
+    triton_config.processors_and_capability = lambda device: (132, 90)
     _ext.triton_interprets, _ext.triton_status = (lambda: True), (lambda: (True, "ok"))  # takes tensors on the CPU
     torch.cuda.is_available = lambda: True  # while the cases are read: which dtypes they take depends on it
 

@@ -85,6 +85,25 @@ def run_cases(backend: str, device: str = "cuda") -> None:
                 results.append(K.activation_statistics(x, spans, shift=torch.ones(columns, device=device)))
                 results += K.activation_salience_statistics(x, x, spans)
             assert all(bool(torch.isfinite(result).all()) for result in results)
+        run_products(backend, device, dtype, generator)
+
+
+def run_products(backend, device, dtype, generator) -> None:
+    """The inference ops with few rows of many columns, which several blocks share, and with rows that fill no tile."""
+    import torch
+
+    import saap_kernels as K
+
+    for tokens, rows, columns in ((1, 33, 8200), (5, 200, 150), (16, 65, 300)):
+        x, w = (torch.randn(*size, generator=generator).to(device, dtype) for size in ((16, columns), (rows, columns)))
+        for bits, group in ((16, None), (8, None), (4, 32)):
+            both = K.pack(torch.stack([w, w]), bits=bits, group_size=group)
+            with K.use_backend(backend):
+                results = [
+                    K.linear(x[:tokens], K.pack(w, bits=bits, group_size=group)),
+                    K.gated_linear(x[:tokens], both, activation="silu"),
+                ]
+            assert all(bool(torch.isfinite(result).all()) for result in results)
 
 
 if __name__ == "__main__":
