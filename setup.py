@@ -15,7 +15,10 @@ from pathlib import Path
 import setuptools
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 
-CPU_SOURCES = ["csrc/bindings.cpp", "csrc/activation_sums.cpp", "csrc/salience_reduce.cpp"]
+CPU_SOURCES = [
+    f"csrc/{name}.cpp" for name in ("bindings", "activation_sums", "linear_cpu", "salience_reduce", "unpack_cpu")
+]
+CPU_HEADERS = ["csrc/packed_blocks.h", "csrc/packed_rows.h"]
 CUDA_SOURCES = ["csrc/activation_sums.cu", "csrc/weight_salience.cu"]
 CUDA_HEADERS = ["csrc/kernels.h", "csrc/device.cuh"]
 DEFAULT_ARCHS = "80;90a"
@@ -138,7 +141,7 @@ setuptools.setup(
             CPU_SOURCES,
             cxx_std=17,
             include_dirs=["csrc"],
-            depends=[*CUDA_HEADERS, *CUDA_SOURCES],
+            depends=[*CPU_HEADERS, *CUDA_HEADERS, *CUDA_SOURCES],
             extra_compile_args=["-O3", "-fvisibility=hidden"],
         )
     ],

@@ -2,8 +2,9 @@
 
 Rows compare with the dense model; each is the mean over calibration seeds. Statistics and compensation of a
 seed read the same 128 sequences of 256 tokens, disjoint from the text. Some rows have little calibration
-text, where damping matters; others have plans by plain and by compensated scores. The last are about FLAP's bias,
-of one seed, on both shipped models: on the selection text and on the very sequences whose means it restores.
+text, where damping matters; others have plans by plain and by compensated scores. On both shipped models, by seed:
+compensated scores over plain ones where these, statistics and compensation are all of the same little text. On both
+too, of one seed: FLAP's bias, on the selection text and on the very sequences whose means it restores.
 """
 
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ def measure(quick: bool) -> Iterator[Row]:
     yield from of_shipped_model(quick)
     yield from of_scores(quick)
     for name in ("small_qwen2",) if quick else ("small_model", "small_qwen2"):
+        yield from of_little_text(name, quick)
         yield from of_bias(name, quick)
 
 
@@ -89,6 +91,24 @@ def of_scores(quick: bool) -> Iterator[Row]:
                 new = compensation(model, plan, tokenizer, CALIBRATION, **given)
                 after = perplexity(compact(model, plan, new, copy=True), tokenizer, [ids])
                 yield Row.compare(f"selection, {ratio:.0%} of blocks: {name}, {case}", after, dense, "ppl")
+
+
+def of_little_text(name: str, quick: bool) -> Iterator[Row]:
+    """Compensated scores against plain ones at 50 %, where statistics and compensation are of the same little text."""
+    model, tokenizer = load_model(name)
+    ids = held_out(tokenizer, "selection", 512 if quick else 20_480)
+    for samples in (2,) if quick else (16, 32, 64):
+        for seed in (0,) if quick else (0, 1, 2):
+            given = {"samples": samples, "seq_len": 256, "seed": seed}
+            plain = score(calibrate(model, tokenizer, CALIBRATION, **given), "saap")
+            compensated = compensated_scores(plain, model, tokenizer, CALIBRATION, **given)
+            after = []
+            for found in (compensated, plain):
+                plan = search(found, 0.5, ratio_of="blocks")
+                new = compensation(model, plan, tokenizer, CALIBRATION, **given)
+                after.append(perplexity(compact(model, plan, new, copy=True), tokenizer, [ids]))
+            text = f"{samples} sequences, {compensated.settings['tokens_per_input']:g} tokens per input"
+            yield Row.compare(f"{name}, 50%, {text}, seed {seed}: compensated over plain", *after, "ppl")
 
 
 def of_bias(name: str, quick: bool) -> Iterator[Row]:

@@ -24,13 +24,17 @@ FIRST = next(iter(MODELS))  # the model whose projections are measured before an
 BENCHMARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("calibration_kernels", ("--models", FIRST)),
     ("calibrate_model", ()),
+    ("compact_gemm", ("--models", FIRST)),
     ("calibrate_streamed", ()),
     ("calibration_kernels", ("--ops", "weight_salience", "--models", *list(MODELS)[1:])),
+    ("compact_gemm", ("--models", "Llama-3-8B", "Qwen2.5-7B")),
+    ("decode", ()),
     ("replan", ()),
     ("latency_table", ()),
     ("least_squares", ()),
     ("criteria", ()),
     ("compensation", ()),
+    ("end_to_end", ()),
 )
 LEAST_SECONDS = 20  # with less time left no module is started
 

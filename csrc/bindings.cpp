@@ -6,6 +6,7 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "kernels.h"
 
@@ -16,6 +17,16 @@ namespace {
 template <typename T>
 T* address(uintptr_t value) {
   return reinterpret_cast<T*>(value);
+}
+
+// data, bytes from row to row, columns, storage, scale, zero, dtype of both, group size, groups
+using PackedRowsTuple = std::tuple<uintptr_t, int64_t, int64_t, int, uintptr_t, uintptr_t, int, int64_t, int64_t>;
+
+saap::PackedRows packed_rows(const PackedRowsTuple& t) {
+  const auto [data, pitch, columns, storage, scale, zero, scale_dtype, group_size, groups] = t;
+  return {address<const uint8_t>(data), pitch, columns, static_cast<saap::Storage>(storage),
+          address<const void>(scale), address<const void>(zero), static_cast<saap::Dtype>(scale_dtype),
+          group_size, groups};
 }
 
 #ifdef SAAP_CUDA
@@ -73,6 +84,28 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("x"), py::arg("x_pitch"), py::arg("dx"), py::arg("dx_pitch"), py::arg("spans"), py::arg("sequences"),
       py::arg("features"), py::arg("shift"), py::arg("salience"), py::arg("statistics"), py::arg("threads"));
+  m.def(
+      "packed_linear_f32",
+      [](const PackedRowsTuple& weight, int64_t rows, int64_t stride, uintptr_t x, int64_t x_pitch, int64_t tokens,
+         uintptr_t bias, int activation, uintptr_t result, int64_t result_pitch, int threads, bool portable) {
+        py::gil_scoped_release release;
+        saap::packed_linear_f32({packed_rows(weight), rows, stride, address<const float>(x), x_pitch, tokens,
+                                 address<const float>(bias), static_cast<saap::Activation>(activation),
+                                 address<float>(result), result_pitch, threads, portable});
+      },
+      py::arg("weight"), py::arg("rows"), py::arg("stride"), py::arg("x"), py::arg("x_pitch"), py::arg("tokens"),
+      py::arg("bias"), py::arg("activation"), py::arg("result"), py::arg("result_pitch"), py::arg("threads"),
+      py::arg("portable") = false);
+  m.def(
+      "unpack_rows_f32",
+      [](const PackedRowsTuple& weight, int64_t first, int64_t count, uintptr_t result, int64_t result_pitch,
+         int threads, bool portable) {
+        py::gil_scoped_release release;
+        saap::unpack_rows_f32(packed_rows(weight), first, count, address<float>(result), result_pitch, threads,
+                              portable);
+      },
+      py::arg("weight"), py::arg("first"), py::arg("count"), py::arg("result"), py::arg("result_pitch"),
+      py::arg("threads"), py::arg("portable") = false);
 #ifdef SAAP_CUDA
   m.def(
       "cuda_versions",

@@ -15,7 +15,7 @@ void salience_reduce_f32(const float* gradient, int64_t gradient_pitch, const fl
 void coupled_accumulate_f32(const float* gradient, int64_t gradient_pitch, const float* weight, int64_t weight_pitch,
                             int64_t rows, int64_t columns, float* mean, float* square, int threads);
 
-bool has_avx2();
+bool has_avx2();  // and FMA and F16C, which every processor with AVX2 has
 
 struct ActivationSums {
   const float* x;  // (tokens, features) fp32
@@ -35,6 +35,45 @@ struct ActivationSums {
 void activation_sums_f32(const ActivationSums& arguments);
 
 enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
+
+// How a weight is stored: the first three as in Dtype; saap_kernels/packed.py lays out the others.
+enum class Storage : int { f32 = 0, f16 = 1, bf16 = 2, int8 = 3, int4 = 4 };
+
+// Rows of a packed weight, (2,) N' of them, N' a multiple of 64; quantised ones are scale * Q + zero by group.
+struct PackedRows {
+  const uint8_t* data;
+  int64_t pitch;  // bytes from row to row
+  int64_t columns;
+  Storage storage;
+  const void* scale;  // (rows, groups), as zero; null for weights that are not quantised
+  const void* zero;
+  Dtype scale_dtype;
+  int64_t group_size, groups;  // a multiple of 32; ceil(columns / group_size)
+};
+
+enum class Activation : int { none = 0, silu = 1, gelu_tanh = 2 };
+
+struct PackedLinear {
+  PackedRows weight;
+  int64_t rows;    // N, or F of gate and up
+  int64_t stride;  // rows from a gate's row to its up projection's; used with an activation only
+  const float* x;  // (tokens, columns rounded up to 64), zero beyond columns
+  int64_t x_pitch, tokens;
+  const float* bias;  // (rows,), with an activation (2, rows); or null
+  Activation activation;
+  float* result;         // (tokens, rows)
+  int64_t result_pitch;  // with an activation the columns from rows to it are set to zero
+  int threads;
+  bool portable;  // leave AVX2 alone, whatever the processor has
+};
+
+// x W' + b, or activation(x Wg' + bg) * (x Wu' + bu); the weight is read once, the result does not depend on the
+// number of threads.
+void packed_linear_f32(const PackedLinear& arguments);
+
+// Rows first to first + count as fp32, up to columns rounded up to 64; what is beyond columns means nothing.
+void unpack_rows_f32(const PackedRows& weight, int64_t first, int64_t count, float* result, int64_t result_pitch,
+                     int threads, bool portable);
 
 // A schedule of token blocks is (blocks, 5) int32 on the device: first row, rows, sequence at its last block (else -1).
 struct ActivationPlanes {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -129,11 +130,19 @@ void reduce_units(const std::vector<Sums>& lines, int64_t unit_size, float* sums
   }
 }
 
+#if defined(__x86_64__)
+// Compilers before GCC 11 cannot be asked for it.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 }  // namespace
 
 bool has_avx2() {
 #if defined(__x86_64__)
-  static const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  static const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   return supported;
 #else
   return false;

@@ -3,6 +3,7 @@
 Importing this package lets transformers' Auto classes load pruned checkpoints.
 """
 
+from saap.accelerate import Accelerated, accelerate
 from saap.calibrate import calibrate
 from saap.checkpoint import load, save
 from saap.collect import collect
@@ -28,6 +29,7 @@ register_template_classes()
 
 __all__ = [
     "CRITERIA",
+    "Accelerated",
     "Compensation",
     "Evaluation",
     "Family",
@@ -40,6 +42,7 @@ __all__ = [
     "Streaming",
     "Units",
     "__version__",
+    "accelerate",
     "calibrate",
     "collect",
     "compact",

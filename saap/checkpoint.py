@@ -47,8 +47,8 @@ def save(
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
     refuse_existing(target, force)
-    refuse_unsupported(model)
-    units = discover(model)
+    refuse_unsupported(model, accelerated=True)
+    units = discover(model, accelerated=True)
     plan = plan or getattr(model, PLAN_ATTRIBUTE, None)
     with _written_whole(target) as folder, _in_layout(model, units, layout) as described:
         described.save_pretrained(folder)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from saap.packed_linear import held_bytes, held_elements
 from saap.units import discover
 
 
@@ -26,8 +27,10 @@ def cost_of(model: PreTrainedModel, context: int) -> Cost:
     ``context`` per layer for the two attention products with ``context`` cached tokens. KV cache: keys
     and values of every layer's own KV heads, in the model's dtype.
     """
-    layers = discover(model).layers
-    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    layers = discover(model, accelerated=True).layers
+    linear = sum(
+        module.in_features * module.out_features for module in model.modules() if isinstance(module, nn.Linear)
+    )
     linear += sum(
         layer.router_weights + layer.experts_per_token * layer.intermediate_size * layer.unit_weights("mlp")
         for layer in layers
@@ -35,8 +38,8 @@ def cost_of(model: PreTrainedModel, context: int) -> Cost:
     attention = sum(2 * layer.query_heads * layer.head_dim * context for layer in layers)
     parameters = list(model.parameters())
     return Cost(
-        parameters=sum(p.numel() for p in parameters),
+        parameters=sum(p.numel() for p in parameters) + held_elements(model),
         macs_per_token=linear + attention,
-        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        weight_bytes=sum(p.numel() * p.element_size() for p in parameters) + held_bytes(model),
         kv_cache_bytes_per_token=sum(2 * layer.kv_heads * layer.head_dim for layer in layers) * model.dtype.itemsize,
     )

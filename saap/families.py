@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from saap.packed_linear import weight_of
+
 PRUNED_PREFIX = "saap_"
 
 
@@ -166,8 +168,8 @@ class Projection:
 
     @property
     def weight(self) -> Tensor:
-        """(out_features, in_features), a view of the Linear's own weight as it is now."""
-        return self.linear.weight[self.rows]
+        """(out_features, in_features), a view of the Linear's own weight as it is now; a copy if it is held packed."""
+        return weight_of(self.linear)[self.rows]
 
     @property
     def bias(self) -> Tensor | None:

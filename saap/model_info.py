@@ -76,6 +76,17 @@ class ModelInfo:
         return values | own | {"layers": layers, "plan": made}
 
 
+def skeleton(folder: Path) -> PreTrainedModel:
+    """The model of a directory without weights, all on the meta device; errors as ``model_info``."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"expected a local model directory, found none at {folder}")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"expected a model directory with config.json, found none in {folder}")
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+
+
 def model_info(path: str | os.PathLike[str]) -> ModelInfo:
     """Describe the model directory at ``path``, dense or pruned.
 
@@ -84,14 +95,8 @@ def model_info(path: str | os.PathLike[str]) -> ModelInfo:
     configuration says.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"expected a local model directory, found none at {path}")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"expected a model directory with config.json, found none in {folder}")
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
-    units = discover(model)
+    model = skeleton(folder)
+    config, units = model.config, discover(model)
     files = _weight_files(folder)
     stored = _check_weights(files, model)
     plan_file = folder / PLAN_FILE

@@ -30,7 +30,7 @@ from saap.statistics import Statistics
 from saap.steps import COMPENSATION_OPTIONS, Recipe, prune_in_steps
 from saap.stopwatch import Stopwatch
 from saap.stream import progress_unit
-from saap.units import discover
+from saap.units import Units, discover
 from saap.warm_statistics import Sequences
 
 
@@ -196,10 +196,12 @@ class Job:
             console.screen.print(f"the model is saved without its report: {failure}", markup=False, soft_wrap=True)
 
     @contextmanager
-    def _bar(self, key: float | None, given: bool) -> Iterator[Stages]:
+    def _bar(self, key: float | None, units: Units, given: bool) -> Iterator[Stages]:
         """One bar for all stages of one ratio, or of the plan file (None)."""
         recipe, name = self.recipe(), f"{self.targets()[key].name}, " if len(self.ratios) > 1 else ""
-        kinds = tuple(kind for kind in recipe.kinds if key is not None or kind != "score")  # a plan is not scored
+        kinds = tuple(
+            kind for kind in recipe.kinds(units) if key is not None or kind != "score"
+        )  # a plan is not scored
         stages = Stages(recipe.steps, kinds, given or key is None)
         unit = (
             "sequences x blocks"
@@ -227,7 +229,7 @@ class Job:
         statistics: Statistics | None, scores: Scores | None, watch: Stopwatch, *, copy: bool,
     ) -> tuple[PreTrainedModel, Scores | None, Statistics | None]:  # fmt: skip
         """The model pruned by one ratio, or by the plan file (None), and the scores and statistics of all ratios."""
-        with self._bar(ratio, given=statistics is not None) as stages:
+        with self._bar(ratio, discover(model), given=statistics is not None) as stages:
             if ratio is None:
                 return self._apply(model, tokenizer, watch, stages, copy=copy), None, None
             if statistics is None:

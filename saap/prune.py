@@ -73,10 +73,10 @@ def prune(
     ratio in that many equal steps and calibrates again after each; with ``step_samples`` on so many new sequences,
     added to what is left of the statistics before. ``compensate`` "bias" or "least_squares" makes up for what a step
     removes by ``compensation`` with inputs ``compensation_inputs``; with ``compensated_scores``, by "auto" for least
-    squares and criterion "saap", the search goes by what least squares cannot make up for. All need ``data`` with
-    statistics too. ``eval_text`` (what ``evaluate`` takes) is evaluated on the dense and then on the pruned model. The
-    other arguments are those of ``calibrate``, ``score`` and ``search``; ``progress`` counts as ``prune_in_steps``
-    says.
+    squares and criterion "saap" where there is text enough, the search goes by what least squares cannot make up for.
+    All need ``data`` with statistics too. ``eval_text`` (what ``evaluate`` takes) is evaluated on the dense and then on
+    the pruned model. The other arguments are those of ``calibrate``, ``score`` and ``search``; ``progress`` counts as
+    ``prune_in_steps`` says.
     Raises ValueError before calibration when the ratio cannot be reached or the statistics belong to another model.
     """
     units = discover(model)

@@ -7,15 +7,21 @@ from transformers import PreTrainedModel
 from saap.experts import expert_tensors
 from saap.families import Family, family_named, is_mixture, known_families, layers_of, projections_by_linear
 from saap.host import on_host
+from saap.packed_mlp import is_accelerated
 
 
-def refuse_unsupported(model: PreTrainedModel) -> None:
-    """Raise ValueError for models whose weights or structure SAAP cannot prune."""
+def refuse_unsupported(model: PreTrainedModel, *, accelerated: bool = False) -> None:
+    """Raise ValueError for models whose weights or structure SAAP cannot prune.
+
+    ``accelerated`` lets those pass that ``accelerate`` has changed: what only reads a model can read them.
+    """
     if not isinstance(model, PreTrainedModel):
         kind = type(model).__name__
         if hasattr(model, "peft_config"):
             raise ValueError(f"expected a plain model, got a PEFT-wrapped one ({kind}); call merge_and_unload() first")
         raise ValueError(f"expected a transformers PreTrainedModel, got {kind}")
+    if not accelerated and is_accelerated(model):
+        raise ValueError("expected a plain model, got an accelerated one; call undo() of what accelerate() returned")
     config = model.config
     if getattr(model, "_hf_peft_config_loaded", False) or any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("expected a plain model, got one with PEFT adapters; merge or delete them first")

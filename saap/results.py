@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from saap import console
+from saap.compensated_scores import ENOUGH
 from saap.evaluate import Evaluation
 from saap.plan import Plan
 
@@ -36,6 +37,19 @@ class Result:
     report: Path | None = None
 
 
+def describe_scores(plan: Plan) -> str | None:
+    """Whether a plan was made by compensated scores, and of how much text; None where nothing says so."""
+    compensated, text = (plan.settings.get(name) for name in ("compensated_scores", "tokens_per_input"))
+    if compensated is None or text is None:
+        return None
+    if compensated:
+        return f"searched by compensated scores of {text:g} tokens for every input"
+    return (
+        f"searched by plain scores: {text:g} tokens for every input, compensated ones take {ENOUGH:g} "
+        "(more --samples, or --compensated-scores on)"
+    )
+
+
 def report(results: list[Result], as_json: bool) -> None:
     """Print what was made, as a table or as JSON."""
     if as_json:
@@ -43,6 +57,7 @@ def report(results: list[Result], as_json: bool) -> None:
             {
                 "out": str(r.out),
                 **describe_plan(r.plan),
+                "scores": describe_scores(r.plan),
                 "parameters": r.parameters,
                 "evaluation": r.evaluation and r.evaluation.to_dict(),
                 "baselines": {name: found.to_dict() for name, found in r.baselines},
@@ -65,5 +80,7 @@ def report(results: list[Result], as_json: bool) -> None:
         print(
             f"{r.out}: {r.parameters:,} parameters, {r.plan.ratio:.2%} removed ({r.plan.block_ratio:.2%} of the blocks)"
         )
+        if (scores := describe_scores(r.plan)) is not None:
+            print(f"  {scores}")
         if r.report is not None:
             print(f"  what happened to it: {r.report}")

@@ -1,6 +1,6 @@
 """Pruning in one or several steps: calibrate, score, search, compensate, compact, and again on what is left."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from saap.calibrate import calibrate, check_coupled
 from saap.compact import PLAN_ATTRIBUTE, compact
 from saap.compensate import Compensation, compensation
-from saap.compensated_scores import compensated_scores
+from saap.compensated_scores import ENOUGH, compensated_scores, tokens_per_input
 from saap.criteria import Criterion, needs_coupled, score
 from saap.micro_batches import Progress
 from saap.plan import Plan
@@ -33,7 +33,8 @@ class Recipe:
     behind those of the steps before, and adds them to what pruning left of the statistics so far. Otherwise each
     step calibrates from nothing on the sequences of the first. ``compensated_scores`` has the search go by what
     least squares cannot make up for; "auto" does where it was measured to help: criterion "saap", ranked
-    globally or uniformly.
+    globally or uniformly, with at least ``ENOUGH`` tokens of text for every input of the dense model's widest o
+    or down.
     """
 
     criterion: str | Criterion = "saap"
@@ -76,10 +77,9 @@ class Recipe:
         """Whether calibration measures coupled statistics: asked to, or because the criterion reads them."""
         return bool(self.calibration.get("coupled")) or needs_coupled(self.criterion)
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The stages of a step that take long."""
-        scores = ("score",) if self.scores_compensated else ()
+    def kinds(self, units: Units) -> tuple[str, ...]:
+        """The stages of a step that take long, of a dense model with ``units``."""
+        scores = ("score",) if self.compensates_scores(units) else ()
         return ("calibrate", *scores, *(() if self.compensate == "none" else ("compensate",)))
 
     def check_coupled(self, given: bool) -> None:
@@ -88,12 +88,21 @@ class Recipe:
             samples = self.calibration.get("samples", 128)
             check_coupled(samples, self.calibration.get("batch_size", "auto"))
 
+    def compensates_scores(self, units: Units) -> bool:
+        """Whether the search goes by compensated scores, in all steps alike, of a dense model with ``units``."""
+        if self.compensated_scores == "auto":
+            return self.gains_given_text and self.tokens_per_input(units) >= ENOUGH
+        return bool(self.compensated_scores)
+
     @property
-    def scores_compensated(self) -> bool:
-        """Whether the search goes by compensated scores."""
-        gains = self.criterion == "saap" and self.search.get("method", "global") in ("global", "uniform")
-        wanted = gains if self.compensated_scores == "auto" else self.compensated_scores
-        return bool(wanted) and self.compensate == "least_squares"
+    def gains_given_text(self) -> bool:
+        """Whether compensated scores were measured to help where there is text enough."""
+        ranked = self.search.get("method", "global") in ("global", "uniform")
+        return self.criterion == "saap" and ranked and self.compensate == "least_squares"
+
+    def tokens_per_input(self, units: Units) -> float:
+        """Calibration text for every input, as ``saap.compensated_scores`` counts it."""
+        return tokens_per_input(units, self.calibration.get("samples", 128) * self.calibration.get("seq_len", 512))
 
     @property
     def text_options(self) -> dict[str, Any]:
@@ -102,13 +111,19 @@ class Recipe:
 
     def scores(
         self, statistics: Statistics, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, data: Any,
-        progress: Progress | None = None,
+        units: Units, progress: Progress | None = None,
     ) -> Scores:  # fmt: skip
-        """What the search goes by: the criterion's scores, or what of them least squares cannot make up for."""
-        found = score(statistics, self.criterion)
-        if not self.scores_compensated:
+        """What the search goes by: the criterion's scores, or what of them least squares cannot make up for.
+
+        ``units`` are those of the dense model. Settings say which, where its text for every input may have decided.
+        """
+        found, compensates = score(statistics, self.criterion), self.compensates_scores(units)
+        if compensates:
+            found = compensated_scores(found, model, tokenizer, data, **self.text_options, progress=progress)
+        elif self.compensated_scores != "auto" or not self.gains_given_text:
             return found
-        return compensated_scores(found, model, tokenizer, data, **self.text_options, progress=progress)
+        why = {"compensated_scores": compensates, "tokens_per_input": self.tokens_per_input(units)}
+        return replace(found, settings=found.settings | why)
 
 
 @dataclass(frozen=True)
@@ -150,7 +165,7 @@ def prune_in_steps(
         known = 0 if statistics is None else statistics.sequences
         sequences = Sequences.of(model, tokenizer, data, recipe.calibration, recipe.steps, recipe.step_samples, known)
     given = statistics is not None
-    stages = progress if isinstance(progress, Stages) else Stages(recipe.steps, recipe.kinds, given, progress)
+    stages = progress if isinstance(progress, Stages) else Stages(recipe.steps, recipe.kinds(units), given, progress)
     done: Stepped | None = None
     for step in range(1, recipe.steps + 1):
         share = _share(units, ratio, step, recipe)
@@ -164,8 +179,8 @@ def prune_in_steps(
         statistics.check_model(discover(model))
         if scores is None:
             with watch("score"):
-                counted = stages.of(step, "score") if recipe.scores_compensated else None
-                scores = recipe.scores(statistics, model, tokenizer, data, counted)
+                counted = stages.of(step, "score") if recipe.compensates_scores(units) else None
+                scores = recipe.scores(statistics, model, tokenizer, data, units, counted)
         with watch("search"):
             plan = search(scores, **share, **recipe.search)
         found = _compensated(model, tokenizer, data, plan, recipe, watch, stages, step)

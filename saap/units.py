@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from saap.experts import expert_sizes, expert_tensors, mask_experts
 from saap.families import Family, family_of, layers_of, linears_of, projections_of
+from saap.packed_linear import held_elements
 from saap.refuse import refuse_unsupported
 from saap.undo import Undo
 
@@ -175,26 +176,31 @@ class Units:
         return cls(layers=layers, **fields | {"anchors": tuple(fields["anchors"])})
 
 
-def discover(model: PreTrainedModel, family: str | None = None) -> Units:
+def discover(model: PreTrainedModel, family: str | None = None, *, accelerated: bool = False) -> Units:
     """Find the units of ``model`` that can be removed without changing any other shape.
 
     ``family`` overrides the config's ``model_type``. Sizes are read from the weights, so a model
     that is already pruned is described as it stands. Raises ValueError for unknown families and
-    for quantised, PEFT-wrapped or multimodal models, and for mixtures of experts with dense layers or shared experts.
+    for quantised, PEFT-wrapped or multimodal models, for mixtures of experts with dense layers or shared experts, and,
+    unless ``accelerated`` allows them, for those that ``accelerate`` has changed.
     """
-    refuse_unsupported(model)
+    refuse_unsupported(model, accelerated=accelerated)
     row = family_of(model, family)
-    layers = layers_of(model, row)
+    layers, head = layers_of(model, row), model.get_output_embeddings()
     described = tuple(_describe(layer, row, index) for index, layer in enumerate(layers))
     return Units(
         family=row.name,
         layers=described,
-        total_parameters=sum(p.numel() for p in model.parameters()),
-        block_parameters=sum(p.numel() for p in layers.parameters()),
+        total_parameters=_elements(model),
+        block_parameters=_elements(layers),
         fingerprint=fingerprint(model, row),
-        head_parameters=sum(p.numel() for p in model.get_output_embeddings().parameters()),
+        head_parameters=_elements(head),
         anchors=_anchors(model),
     )
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters()) + held_elements(module)
 
 
 def _anchors(model: PreTrainedModel) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from saap_kernels.calibration import (
 )
 from saap_kernels.inference import gated_linear, gated_mlp, linear
 from saap_kernels.packed import PackedWeight, pack, unpack
+from saap_kernels.switch_points.measure import measure_switch_points
 
 __all__ = [
     "PackedWeight",
@@ -24,6 +25,7 @@ __all__ = [
     "gated_linear",
     "gated_mlp",
     "linear",
+    "measure_switch_points",
     "pack",
     "unpack",
     "use_backend",

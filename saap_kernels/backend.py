@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saap_kernels import _ext
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "library", "cpu", "triton", "cuda")  # library: torch's GEMM, of the inference ops
 _chosen: ContextVar[str | None] = ContextVar("saap_backend", default=None)
 
 
@@ -56,7 +56,8 @@ def requested() -> str | None:
     return name
 
 
-_FITS: dict[str, tuple[Callable[[Tensor], bool], str]] = {
+Takes = dict[str, tuple[Callable[[Tensor], bool], str]]  # {backend: (whether it takes a tensor, which it takes)}
+CALIBRATION: Takes = {
     "reference": (lambda t: True, "any tensors"),
     "cpu": (lambda t: str(t.device) == "cpu" and t.dtype.itemsize == 4, "fp32 tensors on the CPU"),
     "triton": (
@@ -65,9 +66,13 @@ _FITS: dict[str, tuple[Callable[[Tensor], bool], str]] = {
     ),
     "cuda": (lambda t: t.is_cuda and t.dtype.itemsize <= 4, "fp16, bf16 or fp32 CUDA tensors"),
 }
+INFERENCE: Takes = CALIBRATION | {
+    "library": (lambda t: True, "any tensors"),
+    "cpu": (lambda t: str(t.device) == "cpu" and t.dtype.itemsize <= 4, "fp16, bf16 or fp32 tensors on the CPU"),
+}
 
 
-def choose(op: str, implemented: Sequence[str], *tensors: Tensor) -> str:
+def choose(op: str, implemented: Sequence[str], *tensors: Tensor, takes: Takes = CALIBRATION) -> str:
     """The backend that runs ``op``: the one asked for, or the first of ``implemented`` that fits and works.
 
     Warns, once per reason, when that leaves only plain torch for CUDA tensors. Raises ValueError when the one
@@ -76,28 +81,28 @@ def choose(op: str, implemented: Sequence[str], *tensors: Tensor) -> str:
     """
     asked, device = requested(), tensors[0].device
     if asked is None:
-        found = next((name for name in implemented if not _refusal(name, tensors)), "reference")
+        found = next((name for name in implemented if not refusal(name, tensors, takes)), "reference")
         if found == "reference" and tensors[0].is_cuda:
             on_gpu = [name for name in implemented if name in ("triton", "cuda")]
-            _warn_of_reference("; ".join(f"{name}: {_refusal(name, tensors)}" for name in on_gpu))
+            warn_of_reference("; ".join(f"{name}: {refusal(name, tensors, takes)}" for name in on_gpu))
         return found
     if asked not in implemented:
         raise ValueError(f"{op}: expected a backend among {', '.join(implemented)}, got {asked}")
-    fits, takes = _FITS[asked]
+    fits, taken = takes[asked]
     if not all(fits(t) for t in tensors):
-        raise ValueError(f"{op}: backend {asked} takes {takes}, got {tensors[0].dtype} on {device}")
+        raise ValueError(f"{op}: backend {asked} takes {taken}, got {tensors[0].dtype} on {device}")
     reason = _status(asked, device.index)
     if reason != "ok":  # the check by name was of the current device
         raise RuntimeError(f"{op}: {asked} cannot run on {device}: {reason}")
     return asked
 
 
-def _refusal(name: str, tensors: Sequence[Tensor]) -> str:
+def refusal(name: str, tensors: Sequence[Tensor], takes: Takes) -> str:
     """Why a backend does not run these tensors without having been asked for; empty when it does."""
-    fits, takes = _FITS[name]
+    fits, taken = takes[name]
     unfit = next((t for t in tensors if not fits(t)), None)
     if unfit is not None:
-        return f"takes {takes}, got {unfit.dtype}"
+        return f"takes {taken}, got {unfit.dtype}"
     reason = _status(name, tensors[0].device.index)
     if reason == "ok" and name == "triton" and _ext.triton_interprets():
         return "interpreted (TRITON_INTERPRET=1), which is for tests"
@@ -105,7 +110,7 @@ def _refusal(name: str, tensors: Sequence[Tensor]) -> str:
 
 
 @cache
-def _warn_of_reference(reasons: str) -> None:
+def warn_of_reference(reasons: str) -> None:
     warnings.warn(f"CUDA tensors run in plain torch, many times slower: {reasons}", stacklevel=3)
 
 

@@ -35,6 +35,7 @@ def test_wheel_without_cuda_says_so_and_holds_both_packages(tmp_path) -> None:
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"saap/py.typed", "saap_kernels/py.typed", "saap/template/modeling_saap.py"} <= set(names)
+    assert "saap_kernels/switch_points/__main__.py" in names
     assert {f"saap/report_template/{n}" for n in ("report.html.j2", "charts.html.j2", "style.css")} <= set(names)
     assert [n for n in names if re.fullmatch(r"saap_kernels/_C\..*\.so", n)]
     assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "csrc/"))]

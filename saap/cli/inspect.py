@@ -11,7 +11,7 @@ from saap.cli.options import AsJson, Debug, Dtype, EvalSeqLen, Force, Model
 from saap.comparison import Comparison
 from saap.comparison import compare as compare_models
 from saap.data import FORMS, load_documents
-from saap.doctor import examine
+from saap.doctor import examine, shape_choices
 from saap.evaluate import evaluate
 from saap.model_info import ModelInfo, model_info
 from saap.opening import open_model, open_tokenizer
@@ -98,10 +98,25 @@ def compare(
             _print_comparison(found)
 
 
-def doctor(as_json: AsJson = False) -> None:
-    """Say which kernel backends work here and why the others do not."""
-    found = examine()
+def doctor(
+    shapes: Annotated[
+        Path | None, typer.Option(help="Also time each shape of this model directory: the library's product and ours.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say which kernel backends work here and why the others do not; with --shapes which is faster for a model.
+
+    Example: `saap doctor --shapes my-llama-20`
+    """
+    console.quiet_libraries()
+    found, choices = examine(), []
+    with console.user_errors(debug):
+        if shapes is not None:
+            with console.screen.status("timing"):
+                choices = list(shape_choices(shapes))
     if as_json:
+        found |= {"shapes": [choice.to_dict() for choice in choices]} if shapes is not None else {}
         console.print_json(found)
         return
     for name, value in found.items():
@@ -111,6 +126,14 @@ def doctor(as_json: AsJson = False) -> None:
                 typer.echo(f"  {key}: {detail}")
         else:
             typer.echo(f"{name}: {', '.join(value) or 'none' if isinstance(value, list) else value}")
+    if choices:
+        rows = [
+            [f"{choice.kind} {' x '.join(map(str, choice.shape))}", str(choice.modules), str(choice.bits or "stored"),
+             f"{1e3 * choice.library_seconds:.3f}", f"{1e3 * choice.kernel_seconds:.3f}", choice.choice]
+            for choice in choices
+        ]  # fmt: skip
+        columns = ["product", "modules", "bits", "library ms", "saap ms", "faster"]
+        console.print_table("one token; what saap.accelerate chooses", columns, rows)
 
 
 def _print_info(found: ModelInfo) -> None:

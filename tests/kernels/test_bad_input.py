@@ -62,7 +62,7 @@ def test_other_ops_check_too() -> None:
 
 def test_backends_are_named_or_refused_with_the_reason(monkeypatch) -> None:
     with (
-        pytest.raises(ValueError, match="backend: expected one of reference, cpu, triton, cuda, got 'gpu'"),
+        pytest.raises(ValueError, match="backend: expected one of reference, library, cpu, triton, cuda, got 'gpu'"),
         K.use_backend("gpu"),
     ):
         pass
@@ -81,7 +81,7 @@ def test_backends_are_named_or_refused_with_the_reason(monkeypatch) -> None:
 
 def test_available_backends_give_ok_or_a_reason() -> None:
     found = K.available_backends()
-    assert list(found) == ["reference", "cpu", "triton", "cuda"] and found["reference"] == "ok"
+    assert list(found) == ["reference", "library", "cpu", "triton", "cuda"] and found["reference"] == "ok"
     assert all(isinstance(reason, str) and "\n" not in reason for reason in found.values())
 
 

@@ -60,7 +60,7 @@ def machine_with(monkeypatch):
         monkeypatch.setattr(_ext, "_load", lambda: found)
         monkeypatch.setattr(_ext, "cuda_status", functools.cache(_ext.cuda_status.__wrapped__))
         monkeypatch.setattr(_ext, "triton_status", lambda: (False, "triton is not installed"))
-        monkeypatch.setattr(backend, "_warn_of_reference", functools.cache(backend._warn_of_reference.__wrapped__))
+        monkeypatch.setattr(backend, "warn_of_reference", functools.cache(backend.warn_of_reference.__wrapped__))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())

@@ -97,6 +97,13 @@ def test_doctor_says_what_works_and_why_not() -> None:
     assert "cuda:" in run("doctor").stdout
 
 
+def test_doctor_says_what_is_faster_for_a_model(tmp_path) -> None:
+    saap.save(tiny_model("llama", torch.float32), tmp_path / "dense")
+    found = json.loads(run("doctor", "--shapes", tmp_path / "dense", "--json").stdout)["shapes"]
+    assert [(each["kind"], each["bits"]) for each in found[:3]] == [("MLP", None), ("MLP", 8), ("MLP", 4)]
+    assert all(each["choice"] in ("saap", "library") and each["kernel_seconds"] > 0 for each in found)
+
+
 @pytest.mark.parametrize("command", ["prune", "calibrate", "plan", "eval", "info", "compare", "doctor"])
 def test_every_command_teaches(command: str) -> None:
     text = run(command, "--help").stdout
@@ -117,7 +124,10 @@ def test_every_command_teaches(command: str) -> None:
         (("--ratio", 0.2, "--samples", 4000), "samples of 16 tokens need 64000 tokens, found"),
         (("--ratio", 0.2, "--eval", "absent.txt"), "no such file: absent.txt"),
         (("--ratio", 0.2, "--statistics", "absent.safetensors"), "absent.safetensors"),
-        (("--ratio", 0.2, "--backend", "warp"), "backend: expected one of reference, cpu, triton, cuda, got 'warp'"),
+        (
+            ("--ratio", 0.2, "--backend", "warp"),
+            "backend: expected one of reference, library, cpu, triton, cuda, got 'warp'",
+        ),
     ],
 )
 def test_user_errors_are_one_line_and_write_nothing(workplace, tmp_path, arguments: tuple, message: str) -> None:

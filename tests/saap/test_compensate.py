@@ -33,13 +33,13 @@ def parts_of(model) -> dict[tuple[int, str], torch.nn.Linear]:
 
 
 @torch.no_grad()
-def operands(model) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
+def operands(model, ids: Tensor = DATA) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
     """Inputs (T, F) and outputs (T, D) of every o and down in one forward pass of the whole model."""
     seen, handles = {}, []
     for key, linear in parts_of(model).items():
         hook = lambda _m, args, out, key=key: seen.__setitem__(key, (args[0].flatten(0, -2), out.flatten(0, -2)))  # noqa: E731
         handles.append(linear.register_forward_hook(hook))
-    model(DATA)
+    model(ids)
     for handle in handles:
         handle.remove()
     return seen

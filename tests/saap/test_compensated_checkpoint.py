@@ -128,9 +128,11 @@ def test_the_command_compensates_each_model_of_a_sweep(workplace, tmp_path, monk
     calls = []
     counted = lambda *args, **kwargs: calls.append(1) or saap.compensated_scores(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr("saap.steps.compensated_scores", counted)
-    done = prune(workplace, "--ratio", "0.1,0.3", "--out", tmp_path / "out", "--compensate", "least_squares", "--json")
+    done = prune(workplace, "--ratio", "0.1,0.3", "--out", tmp_path / "out", "--compensate", "least_squares", "--json",
+                 "--compensated-scores", "on")  # fmt: skip
     outputs = json.loads(done.stdout)["outputs"]
     assert len(outputs) == 2
+    assert all(output["scores"].startswith("searched by compensated scores of ") for output in outputs)
     for output in outputs:
         plan = json.loads((tmp_path / "out" / output["out"].rpartition("/")[2] / "saap_plan.json").read_text())
         assert plan["settings"]["compensate"] == "least_squares"
@@ -143,14 +145,26 @@ def test_the_command_compensates_each_model_of_a_sweep(workplace, tmp_path, monk
         assert torch.equal(again(ids()).logits, swept(ids()).logits)
 
 
-def test_the_command_searches_by_compensated_scores_unless_told_otherwise(workplace, tmp_path) -> None:  # noqa: F811
+def test_the_command_searches_by_compensated_scores_unless_told_otherwise(workplace, tmp_path, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.setattr("saap.steps.ENOUGH", 0.0)  # any text will do
     plans = {}
     for choice in ("auto", "on", "off"):
-        prune(workplace, "--ratio", 0.4, "--out", tmp_path / choice, "--compensate", "least_squares",
-              "--compensated-scores", choice)  # fmt: skip
+        printed = prune(workplace, "--ratio", 0.4, "--out", tmp_path / choice, "--compensate", "least_squares",
+                        "--compensated-scores", choice).stdout  # fmt: skip
+        assert ("searched by compensated scores" in printed) == (choice != "off")
         plans[choice] = json.loads((tmp_path / choice / "saap_plan.json").read_text())
     assert plans["auto"]["layers"] == plans["on"]["layers"] != plans["off"]["layers"]
     assert [plans[each]["settings"].get("compensated_scores") for each in ("auto", "on", "off")] == [True, True, None]
+
+
+def test_the_command_says_how_much_text_the_scores_are_of(workplace, tmp_path) -> None:  # noqa: F811
+    done = prune(workplace, "--ratio", 0.4, "--out", tmp_path / "out", "--compensate", "least_squares")
+    settings = json.loads((tmp_path / "out/saap_plan.json").read_text())["settings"]
+    assert settings["compensated_scores"] is False and 0 < settings["tokens_per_input"] < 40
+    assert (
+        f"searched by plain scores: {settings['tokens_per_input']:g} tokens for every input, compensated ones take 40 "
+        "(more --samples, or --compensated-scores on)"
+    ) in " ".join(done.stdout.split())
 
 
 def test_the_command_refuses_a_plan_without_text_before_work(workplace, tmp_path) -> None:  # noqa: F811

@@ -8,10 +8,11 @@ import torch
 
 import saap
 from saap.backward_elimination import costs_in_turn
+from saap.compensated_scores import tokens_per_input
 from saap.criteria import score
 from saap.steps import Recipe, prune_in_steps
 from saap.stream import Streaming
-from saap.units import MODULES, discover, module_of
+from saap.units import MODULES, LayerUnits, discover, module_of
 from tests.saap.test_calibrate import FAMILIES
 from tests.saap.test_compensate import DATA, OPTIONS, operands, parts_of
 from tests.saap.test_experts import calls_of, outputs_of, with_an_idle_expert
@@ -44,8 +45,32 @@ def test_every_linear_is_taken_over_its_own_inputs(family: str) -> None:
         )
         # float64 throughout; sums in another order, inverses of condition 1e4
         torch.testing.assert_close(found.layer(index, module), wanted, rtol=1e-8, atol=0)
-    assert found.settings == before.settings | {"compensated_scores": True}
+    widest = max(x.shape[1] for x, _ in operands(model).values())
+    settings = {"compensated_scores": True, "tokens_per_input": round(9 * 24 / widest, 2)}
+    assert found.settings == before.settings | settings
     assert found.fluctuation is before.fluctuation and found.experts is before.experts
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, 1000 / 40),  # down
+        ({"query_heads": 8}, 1000 / 64),  # o
+        ({"query_heads": 0, "kv_heads": 0, "intermediate_size": 50}, 1000 / 50),
+        ({"query_heads": 0, "kv_heads": 0, "intermediate_size": 0}, 1000),
+        ({"experts": 8, "experts_per_token": 2}, 1000 / 40 / 4),  # each expert sees a quarter of the tokens
+    ],
+)
+def test_tokens_for_every_input_are_those_of_the_widest_linear(changes, wanted: float) -> None:
+    units = discover(tiny_model("llama"))
+    layer = LayerUnits(
+        hidden_size=32, query_heads=4, kv_heads=2, head_dim=8, intermediate_size=40, gated=True
+    )  # fmt: skip
+    wide = replace(layer, **changes)
+    found = tokens_per_input(
+        replace(units, layers=(replace(wide, intermediate_size=min(8, wide.intermediate_size)), wide)), 1000
+    )
+    assert found == round(wanted, 2)
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -126,17 +151,39 @@ def recipe(**changes) -> Recipe:
     return Recipe(search={"multiple": 8, "ratio_of": "blocks"}, calibration=CALIBRATION, **changes)
 
 
-def test_least_squares_follows_a_search_by_compensated_scores_unless_told_otherwise() -> None:
+@pytest.mark.parametrize("enough", [True, False])
+def test_least_squares_follows_a_search_by_compensated_scores_of_enough_text(monkeypatch, enough: bool) -> None:
+    monkeypatch.setattr("saap.steps.ENOUGH", 2.2 if enough else 2.3)  # there are 216 tokens for 97 inputs
     plans = {}
     for choice in ("auto", True, False):
         model = tiny_model("llama")
-        done = prune_in_steps(model, None, DATA, 0.4, recipe(compensate="least_squares", compensated_scores=choice))
-        plans[choice] = done.plan
-        assert done.plan.settings.get("compensated_scores", False) == (choice is not False)
-    assert plans["auto"].layers == plans[True].layers != plans[False].layers
+        made = recipe(compensate="least_squares", compensated_scores=choice)
+        plans[choice] = prune_in_steps(model, None, DATA, 0.4, made).plan
+    assert plans["auto"].layers == plans[enough].layers != plans[not enough].layers
+    settings = {choice: plan.settings for choice, plan in plans.items()}
+    assert [settings[choice].get("compensated_scores") for choice in plans] == [enough, True, None]
+    assert [settings[choice].get("tokens_per_input") for choice in plans] == [2.23, 2.23, None]
     model = tiny_model("llama")
-    wanted = saap.search(saap.compensated_scores(scored(model), model, **OPTIONS), 0.4, multiple=8, ratio_of="blocks")
-    assert plans["auto"].layers == wanted.layers
+    scores = saap.compensated_scores(scored(model), model, **OPTIONS)
+    assert plans[True].layers == saap.search(scores, 0.4, multiple=8, ratio_of="blocks").layers
+
+
+@pytest.mark.parametrize(
+    ("calibration", "compensated"),
+    [
+        ({"samples": 80, "seq_len": 32}, True),  # forty tokens for each of o's 64 inputs
+        ({"samples": 79, "seq_len": 32}, False),
+        ({"samples": 4}, False),  # of 512 tokens
+        ({"samples": 5}, True),
+        ({"seq_len": 19}, False),  # 128 samples
+        ({"seq_len": 20}, True),
+    ],
+)
+def test_scores_are_compensated_from_forty_tokens_for_every_input(calibration, compensated: bool) -> None:
+    units = discover(tiny_model("llama", intermediate_size=48))
+    made = {choice: Recipe(calibration=calibration, compensate="least_squares", compensated_scores=choice)
+            for choice in ("auto", True, False)}  # fmt: skip
+    assert [each.compensates_scores(units) for each in made.values()] == [compensated, True, False]
 
 
 @pytest.mark.parametrize(
@@ -151,15 +198,19 @@ def test_least_squares_follows_a_search_by_compensated_scores_unless_told_otherw
     ],
 )
 def test_scores_are_compensated_where_that_was_measured_to_help(changes, compensated: bool) -> None:
-    assert Recipe(**changes).scores_compensated == compensated
+    units = discover(tiny_model("llama"))  # for which the default of 65536 tokens is plenty
+    assert Recipe(**changes).compensates_scores(units) == compensated
 
 
-def test_every_step_and_every_stage_of_it_is_counted() -> None:
+@pytest.mark.parametrize(("choice", "stages"), [(True, 3), ("auto", 2)])
+def test_every_step_and_every_stage_of_it_is_counted(choice: bool | str, stages: int) -> None:
     seen = []
-    made = recipe(compensate="least_squares", steps=2)
+    made = recipe(compensate="least_squares", steps=2, compensated_scores=choice)
     done = prune_in_steps(tiny_model("llama"), None, DATA, 0.4, made, progress=lambda *each: seen.append(each))
-    assert done.plan.settings["compensated_scores"] and done.plan.settings["steps"] == 2
-    assert {total for _, total in seen} == {6000} and seen[-1] == (6000, 6000)
+    assert done.plan.settings["compensated_scores"] == (choice is True) and done.plan.settings["steps"] == 2
+    assert done.plan.settings["tokens_per_input"] == 2.23  # of the dense model's inputs in the last step too
+    total = 2000 * stages  # of little text "auto" has no stage of scores
+    assert {each for _, each in seen} == {total} and seen[-1] == (total, total)
     assert [n for n, _ in seen] == sorted(n for n, _ in seen)
 
 
@@ -183,7 +234,7 @@ def _ranked(rank: int, folder: Path) -> None:
     model = tiny_model("llama")
     before = replace(torch.load(folder / "scores.pt", weights_only=False), units=discover(model))
     found = saap.compensated_scores(before, model, **OPTIONS)
-    torch.save((found.attention, found.mlp), folder / f"{rank}.pt")
+    torch.save((found.attention, found.mlp, found.settings), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -194,6 +245,7 @@ def test_two_processes_share_the_sequences_and_have_equal_scores(tmp_path) -> No
     torch.multiprocessing.spawn(_ranked, (tmp_path,), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     alone = saap.compensated_scores(before, model, **OPTIONS)
-    for mine, theirs, wanted in zip(first, second, (alone.attention, alone.mlp), strict=True):
+    assert first[2] == second[2] == alone.settings  # of the tokens of both
+    for mine, theirs, wanted in zip(first[:2], second[:2], (alone.attention, alone.mlp), strict=True):
         assert torch.equal(mine, theirs)
         torch.testing.assert_close(mine, wanted, rtol=1e-8, atol=0)  # float64; sums in another order

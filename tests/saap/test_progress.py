@@ -11,6 +11,7 @@ from saap import console
 from saap.calibrate import calibrate
 from saap.stages import Stages
 from saap.steps import prune_in_steps
+from saap.units import discover
 from tests.saap.test_calibrate import token_ids
 from tests.saap.test_cli import prune, run, workplace  # noqa: F401  # a fixture
 from tests.saap.test_steps import CALIBRATION, recipe
@@ -64,7 +65,7 @@ def test_steps_name_every_stage_and_know_their_total_from_the_start(given: bool)
     model, bar = tiny_model("llama", torch.float32), Recorded("", None)
     made = recipe(3, compensate="bias")
     statistics = calibrate(model, data=token_ids(4), **CALIBRATION) if given else None
-    stages = Stages(made.steps, made.kinds, given, bar, bar.say)
+    stages = Stages(made.steps, made.kinds(discover(model)), given, bar, bar.say)
     prune_in_steps(model, None, token_ids(4), 0.3, made, statistics=statistics, progress=stages)
     titles = titles_of(3, "calibrating", "pruning", "compensating", "pruning")
     assert bar.titles[1:] == titles[given:]
@@ -76,10 +77,10 @@ def test_steps_name_every_stage_and_know_their_total_from_the_start(given: bool)
 
 
 def test_what_a_stage_of_one_step_counts_is_its_own_work() -> None:
-    bar = Recorded("", None)
+    model, bar = tiny_model("llama"), Recorded("", None)
     made = recipe(1)
-    stages = Stages(made.steps, made.kinds, False, bar, bar.say)
-    prune_in_steps(tiny_model("llama"), None, token_ids(4), 0.3, made, progress=stages)
+    stages = Stages(made.steps, made.kinds(discover(model)), False, bar, bar.say)
+    prune_in_steps(model, None, token_ids(4), 0.3, made, progress=stages)
     assert bar.titles[1:] == ["calibrating", "pruning"] and bar.counts == [(4, 4)]
 
 
