@@ -19,8 +19,13 @@ CPU_SOURCES = [
     f"csrc/{name}.cpp" for name in ("bindings", "activation_sums", "linear_cpu", "salience_reduce", "unpack_cpu")
 ]
 CPU_HEADERS = ["csrc/packed_blocks.h", "csrc/packed_rows.h"]
-CUDA_SOURCES = ["csrc/activation_sums.cu", "csrc/weight_salience.cu"]
-CUDA_HEADERS = ["csrc/kernels.h", "csrc/device.cuh"]
+CUDA_SOURCES = [
+    f"csrc/{name}.cu" for name in ("activation_sums", "weight_salience", "linear_decode", "linear_decode_f32")
+]
+CUDA_HEADERS = [
+    "csrc/kernels.h",
+    *(f"csrc/{name}.cuh" for name in ("device", "linear_decode", "linear_decode_stage", "linear_decode_multiply")),
+]
 DEFAULT_ARCHS = "80;90a"
 
 

@@ -149,5 +149,21 @@ PYBIND11_MODULE(_C, m) {
     std::copy(slots.begin(), slots.end(), a.slots);
     check(saap::weight_salience(a));
   });
+  m.def("linear_decode_tile", [] {
+    const auto tile = saap::linear_decode_tile();
+    return py::make_tuple(tile.lines, tile.stage_bytes, tile.x_elements);
+  });
+  m.def("linear_decode", [](uintptr_t x, int64_t x_pitch, int tokens, uintptr_t weight, int64_t weight_pitch,
+                            int64_t weight_half, int64_t rows, int columns, int bits, uintptr_t scale,
+                            uintptr_t zero, int64_t scale_half, int group, int groups, int scale_dtype,
+                            uintptr_t bias, int activation, int slices, int splits, uintptr_t partial,
+                            uintptr_t result, int64_t result_pitch, int dtype, uintptr_t stream) {
+    check(saap::linear_decode({address<const void>(x), x_pitch, tokens, address<const void>(weight), weight_pitch,
+                               weight_half, rows, columns, bits, address<const void>(scale), address<const void>(zero),
+                               scale_half, group, groups, static_cast<saap::Dtype>(scale_dtype),
+                               address<const void>(bias), static_cast<saap::Activation>(activation), slices, splits,
+                               address<float>(partial), address<void>(result), result_pitch,
+                               static_cast<saap::Dtype>(dtype), address<void>(stream)}));
+  });
 #endif
 }

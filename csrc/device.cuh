@@ -25,11 +25,39 @@ __device__ inline float to_float(bfloat16 v) { return __bfloat162float(v); }
 __device__ inline uint4 load_streaming(const void* address) { return __ldcs(static_cast<const uint4*>(address)); }
 __device__ inline void synchronise() { __syncthreads(); }
 __device__ inline float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+__device__ inline uint32_t shuffle(uint32_t v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+__device__ inline bool any_lane(bool v) { return __any_sync(0xffffffffu, v); }
+__device__ inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t which) {
+  return __byte_perm(low, high, which);
+}
 
-// 16 bytes from global to shared memory without a register, zeros if `bytes` is 0.
+// Keeps a value in its register: compilers would rather compute it again in every round of a loop.
+__device__ inline void keep(int& v) { asm volatile("" : "+r"(v)); }
+
+// Two 16-bit differences in one register.
+__device__ inline uint32_t subtract_pairs(uint32_t a, uint32_t b, half) {
+  const __half2 difference = __hsub2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  return reinterpret_cast<const uint32_t&>(difference);
+}
+__device__ inline uint32_t subtract_pairs(uint32_t a, uint32_t b, bfloat16) {
+  const __nv_bfloat162 difference =
+      __hsub2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const uint32_t&>(difference);
+}
+
+// 16 bytes to shared memory without a register: `bytes` of them from global memory, the rest zeros.
 __device__ inline void copy_async(void* shared, const void* global, int bytes) {
   const uint32_t target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(bytes) : "memory");
+}
+// The same for what is read once: it is the first to leave the L2 cache.
+__device__ inline void copy_async_once(void* shared, const void* global, int bytes) {
+  const uint32_t target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(target), "l"(global),
+               "r"(bytes), "l"(policy)
+               : "memory");
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int Newest>

@@ -129,6 +129,45 @@ WeightSalienceTile weight_salience_tile(Dtype dtype);
 
 // Sums over the entries of each tile of f(w * (P'Q) of each sequence). Returns a cudaError_t.
 int weight_salience(const WeightSalience& arguments);
+
+// One product of 1 to 16 tokens with a packed weight (saap_kernels/packed.py), or a gate's and an up projection's.
+struct LinearDecode {
+  const void* x;  // (tokens, columns)
+  int64_t x_pitch;
+  int tokens;
+  const void* weight;  // (halves, rows and their padding, weight_pitch), zeros beyond rows and columns
+  int64_t weight_pitch;  // bytes, whole 16
+  int64_t weight_half;   // bytes from a gate's row to the up projection's
+  int64_t rows;
+  int columns;
+  int bits;           // 16: of dtype; 8 and 4: scale * q + zero
+  const void* scale;  // (halves, rows and their padding, groups) of scale_dtype, or null
+  const void* zero;
+  int64_t scale_half;  // elements from a gate's row to the up projection's
+  int group;           // columns, a multiple of 32
+  int groups;
+  Dtype scale_dtype;
+  const void* bias;       // (halves, rows) of dtype, or null
+  Activation activation;  // none: there is no up projection
+  int slices;             // 16-bit dtypes: warps that share a row's columns, 1, 2, 4 or 8
+  int splits;             // 16-bit dtypes: blocks that do
+  float* partial;         // (splits, halves, tokens, rows), used for several splits
+  void* result;           // (tokens, rows); of a gated product with zeros up to the pitch, a multiple of 64
+  int64_t result_pitch;
+  Dtype dtype;
+  void* stream;
+};
+
+struct LinearDecodeTile {
+  int64_t lines;        // weight rows of a block times slices
+  int64_t stage_bytes;  // of a weight row that a warp multiplies at a time
+  int64_t x_elements;   // at most tokens * slices * columns of a stage
+};
+
+LinearDecodeTile linear_decode_tile();
+
+// result = x W' + bias, or act(x Wg' + bias) * (x Wu' + bias); ordered sums, no atomics. Returns a cudaError_t.
+int linear_decode(const LinearDecode& arguments);
 const char* cuda_error_string(int error);
 
 struct CudaVersions {

@@ -13,7 +13,7 @@ from saap_kernels.planes import Planes
 from saap_kernels.schedule import Spans, masked_blocks
 from saap_kernels.tiled_salience import Operands
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def weight_salience(
@@ -22,7 +22,7 @@ def weight_salience(
 ) -> Tensor:  # fmt: skip
     """As ``reference.weight_salience`` for fp16, bf16 or fp32 CUDA tensors; (len(want), S, U) fp32."""
     operands = Operands.of(x, dy, w, axis)
-    entries, _ = _native().weight_salience_tile(_DTYPES[x.dtype])
+    entries, _ = native().weight_salience_tile(DTYPES[x.dtype])
     launch = partial(_launch, operands, scale, False)
     tiles = -(-operands.entries // entries)
     return tiled_salience.weight_salience(launch, operands, tiles, dy, spans, unit_size, bias, want, scale)
@@ -40,16 +40,16 @@ def coupled_salience(
 def _launch(operands: Operands, scale: float, coupled: bool, spans: Spans, slots: list[int]) -> Tensor:
     """See ``tiled_salience.Launch``."""
     p, q, w = operands.p, operands.q, operands.w
-    entries, tokens = _native().weight_salience_tile(_DTYPES[p.dtype])
+    entries, tokens = native().weight_salience_tile(DTYPES[p.dtype])
     shape = 1 if coupled else len(spans), -(-operands.entries // entries), operands.lines
     with launching("coupled_salience" if coupled else "weight_salience", p.device):
         blocks = masked_blocks(spans, tokens, p.device)
         sums = torch.empty(sum(slot >= 0 for slot in slots), *shape, dtype=torch.float32, device=p.device)
-        _native().weight_salience(
+        native().weight_salience(
             p.data_ptr(), p.stride(0), p.shape[1], q.data_ptr(), q.stride(0), q.shape[1],
             w.data_ptr(), operands.w_stride_u, operands.w_stride_r, operands.lines, operands.entries,
-            blocks.data_ptr(), len(blocks) - 1, scale, coupled, slots, torch.Size(shape).numel(), _DTYPES[p.dtype],
-            sums.data_ptr(), _stream(p.device),
+            blocks.data_ptr(), len(blocks) - 1, scale, coupled, slots, torch.Size(shape).numel(), DTYPES[p.dtype],
+            sums.data_ptr(), stream(p.device),
         )  # fmt: skip
     return sums
 
@@ -59,21 +59,23 @@ def sums(x: Tensor, dx: Tensor | None, spans: Tensor, shift: Tensor | None, want
     with launching("activation_planes", x.device):
         planes = Planes.of(x, dx, spans, want)
         about = None if shift is None else shift.float().contiguous()
-        _native().activation_planes(
+        native().activation_planes(
             x.data_ptr(), x.stride(0), 0 if dx is None else dx.data_ptr(), 0 if dx is None else dx.stride(0),
             0 if about is None else about.data_ptr(), planes.blocks.data_ptr(), planes.count,
-            planes.starts.data_ptr(), len(spans), x.shape[1], planes.slots, len(planes.partial), _DTYPES[x.dtype],
+            planes.starts.data_ptr(), len(spans), x.shape[1], planes.slots, len(planes.partial), DTYPES[x.dtype],
             planes.partial.data_ptr(), 0 if planes.result is planes.partial else planes.result.data_ptr(),
-            _stream(x.device),
+            stream(x.device),
         )  # fmt: skip
     return planes.result
 
 
-def _native() -> ModuleType:
-    native = _ext.native()
-    assert native is not None  # the backend choice made sure
-    return native
+def native() -> ModuleType:
+    """The compiled module."""
+    module = _ext.native()
+    assert module is not None  # the backend choice made sure
+    return module
 
 
-def _stream(device: torch.device) -> int:
+def stream(device: torch.device) -> int:
+    """Of the device, the current one, by address."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -29,6 +29,7 @@ class Backend(NamedTuple):
 
 
 BACKENDS = {  # in order of preference; what a backend does not take runs the library
+    "cuda": Backend("cuda_linear", most_tokens=16),
     "triton": Backend("triton_linear", mixed=True),
     "cpu": Backend("cpu_linear", mixed=True),
     LIBRARY: Backend("library_linear"),

@@ -85,27 +85,27 @@ def run_cases(backend: str, device: str = "cuda") -> None:
                 results.append(K.activation_statistics(x, spans, shift=torch.ones(columns, device=device)))
                 results += K.activation_salience_statistics(x, x, spans)
             assert all(bool(torch.isfinite(result).all()) for result in results)
-    run_inference_cases(backend, device)
+        run_products(backend, device, dtype, generator)
 
 
-def run_inference_cases(backend: str, device: str) -> None:
-    """Gated MLPs of every kind of weight, of odd widths, of one token, a few and a GEMM's; all results are finite."""
+def run_products(backend, device, dtype, generator) -> None:
+    """The inference ops with few rows of many columns, which several blocks share, with rows that fill no tile, a GEMM."""
     import torch
 
     import saap_kernels as K
-    from saap_kernels.packed import BITS
-    from saap_kernels.products import IMPLEMENTED
 
-    if backend not in IMPLEMENTED:
-        return
-    generator = torch.Generator().manual_seed(0)
-    for bits in BITS:
-        for tokens in (1, 5, 40):
-            sizes = ((2, 131, 301), (129, 131), (tokens, 301))
-            up, down, x = (torch.randn(*size, generator=generator).to(device, torch.bfloat16) for size in sizes)
+    for tokens, rows, columns in ((1, 33, 8200), (5, 200, 150), (16, 65, 300), (40, 131, 301)):
+        sizes = (tokens, columns), (rows, columns)
+        x, w = (torch.randn(*size, generator=generator).to(device, dtype) for size in sizes)
+        for bits, group in ((16, None), (8, None), (4, 32)):
+            both = K.pack(torch.stack([w, w]), bits=bits, group_size=group)
             with K.use_backend(backend):
-                up, down = K.pack(up, bits=bits), K.pack(down, bits=bits)
-                assert bool(torch.isfinite(K.gated_mlp(x, up, down, activation="silu")).all())
+                results = [
+                    K.linear(x, K.pack(w, bits=bits, group_size=group)),
+                    K.gated_linear(x, both, activation="silu"),
+                    K.gated_mlp(x, both, K.pack(w.T, bits=bits, group_size=group), activation="silu"),
+                ]
+            assert all(bool(torch.isfinite(result).all()) for result in results)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import torch
 from saap_kernels import _ext, cuda
 from tests.kernels import cuda_cases
 from tests.kernels.cuda_cases import *  # noqa: F403  every case
+from tests.kernels.cuda_linear_cases import *  # noqa: F403  every case
 from tests.kernels.emulator.build import build_emulated
 from tests.kernels.test_calibration_ops import problem
 
@@ -25,7 +26,7 @@ def test_the_module_says_what_it_needs(emulated) -> None:
 
 def test_a_failed_launch_carries_the_name_of_the_kernel(monkeypatch) -> None:
     x, dy, w, _, spans = problem(17, 6, 9, torch.float16)
-    monkeypatch.setattr(cuda, "_DTYPES", {torch.float16: 9})  # what the kernels refuse
+    monkeypatch.setattr(cuda, "DTYPES", {torch.float16: 9})  # what the kernels refuse
     with pytest.raises(RuntimeError, match="^weight_salience on cpu: invalid argument$"):
         cuda.weight_salience(x, dy, w, spans, "out", 1, None, ["abs"], 1.0)
     with pytest.raises(RuntimeError, match="^coupled_salience on cpu: invalid argument$"):

@@ -5,6 +5,7 @@ import torch
 
 from saap_kernels import _ext, cuda
 from tests.kernels.cuda_cases import *  # noqa: F403  every case
+from tests.kernels.cuda_linear_cases import *  # noqa: F403  every case
 from tests.kernels.test_calibration_ops import problem
 
 pytestmark = [
@@ -21,7 +22,7 @@ def test_a_failed_launch_carries_the_name_of_the_kernel_and_breaks_nothing(monke
     x, dy, w, _, spans = problem(17, 6, 9, torch.float16)
     there = [tensor.cuda() for tensor in (x, dy, w)]
     with monkeypatch.context() as patch:
-        patch.setattr(cuda, "_DTYPES", {torch.float16: 9})  # what the kernels refuse
+        patch.setattr(cuda, "DTYPES", {torch.float16: 9})  # what the kernels refuse
         with pytest.raises(RuntimeError, match="^weight_salience on cuda:0: invalid argument$"):
             cuda.weight_salience(*there, spans, "out", 1, None, ["abs"], 1.0)
         with pytest.raises(RuntimeError, match="^activation_planes on cuda:0: invalid argument$"):

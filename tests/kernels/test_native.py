@@ -52,7 +52,12 @@ def test_salience_reduce_adds_to_what_is_there() -> None:
     assert sums.tolist() == [[14, 14], [14, 14], [12, 12]]
 
 
-REGISTERS = {"weight_salience.cu": 255, "activation_sums.cu": 96}  # one block of 256 threads; several of 128
+REGISTERS = {  # of a thread
+    "weight_salience.cu": 255,  # one block of 256 threads
+    "activation_sums.cu": 96,  # several of 128
+    "linear_decode.cu": 255,  # two of 256 or 128, by its launch bounds
+    "linear_decode_f32.cu": 128,  # several of 128
+}
 
 
 @pytest.mark.parametrize("arch", ["80", "90a"])
@@ -70,20 +75,40 @@ def test_cuda_sources_compile_without_spills(tmp_path, arch: str) -> None:
         assert max(map(int, re.findall(r"Used (\d+) registers", done.stderr))) <= REGISTERS[source.name]
 
 
-@pytest.mark.parametrize(("arch", "target"), [("80", "sm_80"), ("90a", "sm_90a")])
-def test_cuda_tiles_run_on_tensor_cores_with_16_byte_copies(tmp_path, arch: str, target: str) -> None:
+def kernels_of(source: str, arch: str, tmp_path: Path) -> dict[str, Counter]:
+    """{kernel: instructions} of a CUDA source, counted by name and modifiers."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not installed")
     cubin = tmp_path / "out.cubin"
-    source = str(CSRC / "weight_salience.cu")
-    command = [nvcc, "-O3", "-std=c++17", f"-gencode=arch=compute_{arch},code={target}", "-cubin", "-o", str(cubin)]
-    subprocess.run([*command, source], check=True)
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    subprocess.run([nvcc, "-O3", "-std=c++17", target, "-cubin", "-o", str(cubin), str(CSRC / source)], check=True)
     sass = subprocess.run([bundled("cuobjdump"), "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    kernels = sass.split("Function : ")[1:]
+    kernels = (kernel.split("\n", 1) for kernel in sass.split("Function : ")[1:])
+    return {name: Counter(re.findall(r"\b[A-Z][A-Z0-9]+(?:\.\w+)*", body)) for name, body in kernels}
+
+
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_cuda_tiles_run_on_tensor_cores_with_16_byte_copies(tmp_path, arch: str) -> None:
+    kernels = kernels_of("weight_salience.cu", arch, tmp_path)
     assert len(kernels) == 6  # three dtypes, additive and coupled
-    for kernel in kernels:
-        found = Counter(re.findall(r"\b(HMMA\.16816|LDSM\.16\.MT88\.4|LDGSTS\.E\.BYPASS\.128|LDL|STL)\b", kernel))
+    for name, found in kernels.items():
         assert found["LDGSTS.E.BYPASS.128"] >= 12 and not found["LDL"] and not found["STL"]
-        if "kernelIf" not in kernel.splitlines()[0]:  # fp32 runs on the ordinary units
-            assert found["HMMA.16816"] >= 16 and found["LDSM.16.MT88.4"] >= 8
+        if "kernelIf" not in name:  # fp32 runs on the ordinary units
+            assert sum(found[each] for each in found if each.startswith("HMMA.16816")) >= 16
+            assert found["LDSM.16.MT88.4"] >= 8
+
+
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_cuda_products_stream_16_bytes_into_tensor_cores(tmp_path, arch: str) -> None:
+    kernels = kernels_of("linear_decode.cu", arch, tmp_path)
+    decode = {name: found for name, found in kernels.items() if "linear_decode_kernel" in name}
+    assert len(decode) == 20 and len(kernels) == 22  # fp16 and bf16: 16, 8 and 4 bits, two groups of groups, 8 and 16
+    for name, found in decode.items():
+        tiles, bits = (int(re.search(rf"Li(\d+){rest}", name)[1]) for rest in ("ELb", "ELi"))
+        # first and later rounds; a row's 128 bytes are 4, 8 or 16 steps of 16 columns
+        assert found["LDGSTS.E.BYPASS.128"] == 2 * 4 * tiles
+        assert sum(found[each] for each in found if each.startswith("HMMA.16816")) >= 64 // bits * tiles**2
+        assert found["LDS.128"] and not found["LDL"] and not found["STL"]
+    for name, found in kernels_of("linear_decode_f32.cu", arch, tmp_path).items():
+        assert found["LDG.E.EF.128"] >= 1 and not found["LDL"] and not found["STL"], name

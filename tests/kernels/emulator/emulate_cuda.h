@@ -25,8 +25,14 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
 };
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 using cudaError_t = int;
@@ -50,7 +56,8 @@ struct bfloat16 {
   explicit bfloat16(float v) {
     uint32_t wide;
     std::memcpy(&wide, &v, 4);
-    bits = uint16_t(wide >> 16);  // kernels convert zero only
+    bits = uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);  // to nearest, ties to even
+    if (v != v) bits = 0x7fff;
   }
 };
 
@@ -67,7 +74,8 @@ namespace emulated {
 
 struct Copy {
   char* to;
-  const char* from;  // null: zeros
+  const char* from;
+  int bytes;  // the rest are zeros
 };
 
 struct Barrier {
@@ -180,20 +188,57 @@ inline float shuffle_xor(float v, int mask) {
   return result;
 }
 
-inline void copy_async(void* shared, const void* global, int bytes) {
-  if (bytes != 0 && (bytes != 16 || reinterpret_cast<uintptr_t>(global) % 16 != 0))
-    throw std::runtime_error("misaligned or partial asynchronous copy");
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) throw std::runtime_error("misaligned copy target");
-  emulated::self().groups.back().push_back({static_cast<char*>(shared), bytes ? static_cast<const char*>(global) : nullptr});
+inline uint32_t shuffle(uint32_t v, int lane) {
+  auto& warp = emulated::warp();
+  warp.words[emulated::lane()][0] = v;
+  emulated::wait_for_warp();
+  const uint32_t result = warp.words[lane][0];
+  emulated::wait_for_warp();
+  return result;
 }
+inline bool any_lane(bool v) {
+  bool any = false;
+  for (int lane = 0; lane < 32; ++lane) any |= shuffle(v, lane) != 0;
+  return any;
+}
+
+inline void keep(int&) {}
+inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t which) {
+  const uint64_t both = low | uint64_t(high) << 32;
+  uint32_t result = 0;
+  for (int byte = 0; byte < 4; ++byte) result |= uint32_t(both >> 8 * (which >> 4 * byte & 7) & 0xff) << 8 * byte;
+  return result;
+}
+template <typename T>
+uint32_t subtract_pairs(uint32_t a, uint32_t b, T) {
+  uint32_t result = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const uint16_t bits[2] = {uint16_t(a >> shift), uint16_t(b >> shift)};
+    T values[2];
+    std::memcpy(values, bits, 4);
+    const T difference(to_float(values[0]) - to_float(values[1]));
+    uint16_t found;
+    std::memcpy(&found, &difference, 2);
+    result |= uint32_t(found) << shift;
+  }
+  return result;
+}
+
+inline void copy_async(void* shared, const void* global, int bytes) {
+  if (bytes < 0 || bytes > 16 || (bytes != 0 && reinterpret_cast<uintptr_t>(global) % 16 != 0))
+    throw std::runtime_error("misaligned or oversized asynchronous copy");
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) throw std::runtime_error("misaligned copy target");
+  emulated::self().groups.back().push_back({static_cast<char*>(shared), static_cast<const char*>(global), bytes});
+}
+inline void copy_async_once(void* shared, const void* global, int bytes) { copy_async(shared, global, bytes); }
 inline void commit_copies() { emulated::self().groups.emplace_back(); }
 template <int Newest>
 void wait_for_copies_but() {
   auto& groups = emulated::self().groups;
   while (groups.size() > Newest + 1) {  // and the open one
     for (const auto& copy : groups.front()) {
-      if (copy.from) std::memcpy(copy.to, copy.from, 16);
-      else std::memset(copy.to, 0, 16);
+      std::memset(copy.to, 0, 16);
+      std::memcpy(copy.to, copy.from, copy.bytes);
     }
     groups.erase(groups.begin());
   }
