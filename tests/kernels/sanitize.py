@@ -89,7 +89,7 @@ def run_cases(backend: str, device: str = "cuda") -> None:
 
 
 def run_products(backend, device, dtype, generator) -> None:
-    """The inference ops with few rows of many columns, which several blocks share, with rows that fill no tile, a GEMM."""
+    """The inference ops: few rows of many columns, which several blocks share, rows that fill no tile, a GEMM."""
     import torch
 
     import saap_kernels as K
