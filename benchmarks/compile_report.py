@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.compile_report`` compiles each frozen configuration for sm_80 and sm_90 and
 reads the cubin. "per SM" are the programs that fit one multiprocessor and what keeps it from holding more;
-"wgmma" and "mma" are matrix instructions and "tma" and "cp" wide copies into shared memory in the PTX; "spills"
+"wgmma" and "mma" are matrix instructions and "tma" and "cp" copies into shared memory in the PTX, "cp16" those of 16
+bytes, "narrow" loads of less than four; "spills"
 are stack accesses among the matrix instructions (stack bytes may hold values that are used once per tile).
 """
 

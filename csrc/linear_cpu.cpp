@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kStreams = 4;  // rows read side by side
 constexpr int64_t kTileColumns = 1024;  // an unpacked tile stays in the first cache, and so does its part of x
+constexpr int64_t kAhead = 2048;         // bytes of a row that are asked for before they are needed
 constexpr float kLargest = 1e30f;       // of |x| for sums of Q * x, which could overflow where those of W * x do not
 
 float activate(Activation activation, float v) {
@@ -92,9 +93,9 @@ SAAP_AVX2_F16C void dot_wide(const float* tile, const float* x, int64_t x_pitch,
 // low and high (kStreams) += lanes of the products of one block's first and second half.
 template <Storage kStorage>
 SAAP_AVX2_F16C_INLINE void add_block(__m256* low, __m256* high, const uint8_t* const* rows, int64_t at,
-                                     const float* x) {
+                                     int64_t wanted, const float* x) {
   for (int r = 0; r < kStreams; ++r)
-    for (int64_t line = 0; line < block_bytes(kStorage); line += 64) __builtin_prefetch(rows[r] + at + line + kAhead);
+    for (int64_t line = 0; line < block_bytes(kStorage); line += 64) __builtin_prefetch(rows[r] + wanted + line);
   for (int part = 0; part < 4; ++part) {
     const __m256 first = _mm256_loadu_ps(x + kLanes * part), second = _mm256_loadu_ps(x + kHalf + kLanes * part);
     for (int r = 0; r < kStreams; ++r) {
@@ -105,6 +106,19 @@ SAAP_AVX2_F16C_INLINE void add_block(__m256* low, __m256* high, const uint8_t* c
   }
 }
 
+// total + lanes of the zeros of one row times the sums of x; what was taken from Q is given back.
+template <Storage kStorage>
+SAAP_AVX2_F16C_INLINE __m256 add_zeros(__m256 total, const Scales& scales, int64_t slot, int64_t groups,
+                                       const float* group_sums) {
+  for (int64_t g = 0; g < groups; g += kLanes) {
+    __m256 zero = _mm256_loadu_ps(scales.zeros(slot) + g);
+    if (kStorage == Storage::int4)
+      zero = _mm256_fmadd_ps(_mm256_set1_ps(kMiddle), _mm256_loadu_ps(scales.scales(slot) + g), zero);
+    total = _mm256_fmadd_ps(zero, _mm256_loadu_ps(group_sums + g), total);
+  }
+  return total;
+}
+
 // Q * x is summed by group, then scaled; what the zeros add is their product with the groups' sums of x.
 template <Storage kStorage>
 SAAP_AVX2_F16C void dot_packed(const Rows& rows, const Scales& scales, const float* group_sums, float* sums) {
@@ -112,6 +126,8 @@ SAAP_AVX2_F16C void dot_packed(const Rows& rows, const Scales& scales, const flo
   const int64_t blocks = (w.columns + kBlock - 1) / kBlock;
   const int64_t run = is_quantised(kStorage) ? w.group_size : kTileColumns;
   const int64_t step = run % kBlock ? 1 : run / kBlock;  // blocks whose halves each lie in one group
+  // beyond its end a row is followed by that of the next task, not by its neighbour, which is being read
+  const int64_t length = blocks * block_bytes(kStorage), next = rows.outputs() * w.pitch;
   const uint8_t* data[kStreams];
   __m256 total[kStreams];
   for (int r = 0; r < kStreams; ++r) {
@@ -121,8 +137,11 @@ SAAP_AVX2_F16C void dot_packed(const Rows& rows, const Scales& scales, const flo
   for (int64_t b = 0, end; b < blocks; b = end) {
     end = std::min(blocks, b + step);
     __m256 low[kStreams] = {}, high[kStreams] = {};
-    for (int64_t i = b; i < end; ++i)
-      add_block<kStorage>(low, high, data, i * block_bytes(kStorage), rows.a.x + i * kBlock);
+    for (int64_t i = b; i < end; ++i) {
+      const int64_t at = i * block_bytes(kStorage), ahead = at + kAhead;
+      const int64_t wanted = ahead < length ? ahead : ahead - length + next;
+      add_block<kStorage>(low, high, data, at, wanted, rows.a.x + i * kBlock);
+    }
     for (int r = 0; r < kStreams; ++r) {
       float first = 1.0f, second = 1.0f;
       if (is_quantised(kStorage)) {
@@ -135,12 +154,7 @@ SAAP_AVX2_F16C void dot_packed(const Rows& rows, const Scales& scales, const flo
     }
   }
   for (int r = 0; r < kStreams; ++r) {
-    for (int64_t g = 0; is_quantised(kStorage) && g < w.groups; g += kLanes) {
-      __m256 zero = _mm256_loadu_ps(scales.zeros(r) + g);
-      if (kStorage == Storage::int4)
-        zero = _mm256_fmadd_ps(_mm256_set1_ps(kMiddle), _mm256_loadu_ps(scales.scales(r) + g), zero);
-      total[r] = _mm256_fmadd_ps(zero, _mm256_loadu_ps(group_sums + g), total[r]);
-    }
+    if (is_quantised(kStorage)) total[r] = add_zeros<kStorage>(total[r], scales, r, w.groups, group_sums);
     float lanes[kLanes];
     _mm256_storeu_ps(lanes, total[r]);
     sums[r] = sum_of_lanes(lanes);
@@ -189,9 +203,13 @@ void multiply_unpacked(const Rows& rows, Scratch& scratch, Unpack unpack, Dot do
   std::fill(scratch.sums.begin(), scratch.sums.end(), 0.0f);
   for (int64_t c = 0; c < width; c += step) {
     const int64_t columns = std::min(step, width - c);
-    for (int64_t i = 0; i < kStreams; ++i)
+    for (int64_t i = 0; i < kStreams; ++i) {
+      const bool last = c + step >= width;  // then the next task's row follows
+      const int64_t row = rows.at(i) + (last ? rows.outputs() : 0), block = last ? 0 : (c + step) / kBlock;
+      const uint8_t* next = a.weight.data + row * a.weight.pitch + block * block_bytes(a.weight.storage);
       unpack(a.weight, rows.at(i), c / kBlock, columns / kBlock, scratch.scales.scales(i), scratch.scales.zeros(i),
-             scratch.tile.data() + i * kTileColumns);
+             next, scratch.tile.data() + i * kTileColumns);
+    }
     dot(scratch.tile.data(), a.x + c, a.x_pitch, a.tokens, columns, scratch.sums.data());
   }
   for (int64_t t = 0; t < a.tokens; ++t) {

@@ -9,7 +9,6 @@ namespace saap {
 
 constexpr int64_t kLanes = 8;                 // of sums, whichever code path forms them
 constexpr int64_t kSerialElements = 1 << 15;  // below this a thread team costs more than it saves
-constexpr int64_t kAhead = 2048;               // bytes of a row that are asked for before they are needed
 
 inline int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
@@ -28,9 +27,9 @@ struct Scales {
   const float* zeros(int64_t slot) const { return zero.data() + slot * pitch; }
 };
 
-// Blocks of one row as fp32, given its scales.
+// Blocks of one row as fp32, given its scales; as many bytes from ``next`` on are asked for, to be read afterwards.
 using Unpack = void (*)(const PackedRows& w, int64_t row, int64_t block, int64_t blocks, const float* scale,
-                        const float* zero, float* result);
+                        const float* zero, const uint8_t* next, float* result);
 
 Unpack unpack_function(Storage storage, bool wide);
 

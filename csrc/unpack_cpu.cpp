@@ -8,7 +8,7 @@ namespace {
 
 template <Storage kStorage>
 void unpack(const PackedRows& w, int64_t row, int64_t block, int64_t blocks, const float* scale, const float* zero,
-            float* result) {
+            const uint8_t*, float* result) {
   const uint8_t* data = w.data + row * w.pitch;
   for (int64_t b = block; b < block + blocks; ++b) {
     for (int64_t i = 0; i < kBlock; ++i) {
@@ -39,7 +39,7 @@ SAAP_AVX2_F16C void read_half_scales(const uint16_t* values, int64_t count, floa
 
 template <Storage kStorage>
 SAAP_AVX2_F16C void unpack_wide(const PackedRows& w, int64_t row, int64_t block, int64_t blocks, const float* scale,
-                                const float* zero, float* result) {
+                                const float* zero, const uint8_t* next, float* result) {
   const uint8_t* data = w.data + row * w.pitch + block * block_bytes(kStorage);
   int64_t group = -1, end = 0;  // of the half block before, and the weight its group ends at
   __m256 s = _mm256_setzero_ps(), z = s;
@@ -50,8 +50,10 @@ SAAP_AVX2_F16C void unpack_wide(const PackedRows& w, int64_t row, int64_t block,
       s = _mm256_set1_ps(scale[group]);
       z = _mm256_set1_ps(zero[group]);
     }
-    if (half % 2 == 0)
-      for (int64_t line = 0; line < block_bytes(kStorage); line += 64) __builtin_prefetch(data + line + kAhead);
+    if (half % 2 == 0) {
+      for (int64_t line = 0; line < block_bytes(kStorage); line += 64) __builtin_prefetch(next + line);
+      next += block_bytes(kStorage);
+    }
     for (int part = 0; part < 4; ++part) {
       __m256 value = half % 2 ? block_part<kStorage>(data, part + 4) : block_part<kStorage>(data, part);
       if (is_quantised(kStorage)) value = _mm256_fmadd_ps(s, value, z);
@@ -112,7 +114,8 @@ void unpack_rows_f32(const PackedRows& weight, int64_t first, int64_t count, flo
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < count; ++r) {
       scales.read(weight, first + r, 0, wide);
-      unpack(weight, first + r, 0, blocks, scales.scales(0), scales.zeros(0), result + r * result_pitch);
+      const uint8_t* next = weight.data + (first + r + 1) * weight.pitch;
+      unpack(weight, first + r, 0, blocks, scales.scales(0), scales.zeros(0), next, result + r * result_pitch);
     }
   }
 }

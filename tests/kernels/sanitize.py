@@ -89,19 +89,21 @@ def run_cases(backend: str, device: str = "cuda") -> None:
 
 
 def run_products(backend, device, dtype, generator) -> None:
-    """The inference ops with few rows of many columns, which several blocks share, and with rows that fill no tile."""
+    """The inference ops: few rows of many columns, which several blocks share, rows that fill no tile, a GEMM."""
     import torch
 
     import saap_kernels as K
 
-    for tokens, rows, columns in ((1, 33, 8200), (5, 200, 150), (16, 65, 300)):
-        x, w = (torch.randn(*size, generator=generator).to(device, dtype) for size in ((16, columns), (rows, columns)))
+    for tokens, rows, columns in ((1, 33, 8200), (5, 200, 150), (16, 65, 300), (40, 131, 301)):
+        sizes = (tokens, columns), (rows, columns)
+        x, w = (torch.randn(*size, generator=generator).to(device, dtype) for size in sizes)
         for bits, group in ((16, None), (8, None), (4, 32)):
             both = K.pack(torch.stack([w, w]), bits=bits, group_size=group)
             with K.use_backend(backend):
                 results = [
-                    K.linear(x[:tokens], K.pack(w, bits=bits, group_size=group)),
-                    K.gated_linear(x[:tokens], both, activation="silu"),
+                    K.linear(x, K.pack(w, bits=bits, group_size=group)),
+                    K.gated_linear(x, both, activation="silu"),
+                    K.gated_mlp(x, both, K.pack(w.T, bits=bits, group_size=group), activation="silu"),
                 ]
             assert all(bool(torch.isfinite(result).all()) for result in results)
 

@@ -80,7 +80,7 @@ def test_tiles_on_hopper_use_wgmma_and_tma_and_nothing_else(compiled) -> None:
     assert len(tiles) == 24
     for report in tiles:
         used = {kind for kind, count in report.counts.items() if count}
-        assert used == ({"wgmma", "tma"} if report.capability == 90 else {"mma", "cp"}), report
+        assert used == ({"wgmma", "tma"} if report.capability == 90 else {"mma", "cp", "cp16"}), report
 
 
 def test_no_kernel_reads_less_than_four_bytes_at_a_time(compiled) -> None:

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import saap_kernels as K
-from saap_kernels import pack, reference_linear, triton_linear, use_backend
+from saap_kernels import reference_linear, triton_linear, use_backend
 from saap_kernels.triton_config import LinearConfig
 from tests.kernels import linear_oracles as oracles
 from tests.kernels.linear_oracles import SHAPES, assert_as_exact_as_eager
+from tests.kernels.test_inference_ops import case as problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
@@ -19,17 +20,10 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 def case(shape, dtype=torch.float16, bits=16, group=None, gated=False, pitch=9):
-    """x, whose rows are ``pitch`` apart in memory of NaN, packed weight and bias, on the CPU."""
-    tokens, rows, columns = shape
-    generator = torch.Generator().manual_seed(sum(shape))
-
-    def random(*size):
-        return torch.randn(size, generator=generator).to(dtype)
-
-    lead = (2,) if gated else ()
-    packed = pack(random(*lead, rows, columns) / columns**0.5, bits=bits, group_size=group)
-    x = torch.full((tokens, columns + pitch), torch.nan, dtype=dtype)[:, :columns]
-    return x.copy_(random(tokens, columns)), packed, random(*lead, rows)
+    """x, whose rows end ``pitch`` before the next in memory of NaN, packed weight and bias, on the CPU."""
+    x, packed, bias = problem(shape, dtype, bits, group, gated)
+    wide = torch.full((shape[0], shape[2] + pitch), torch.nan, dtype=dtype)[:, : shape[2]]
+    return wide.copy_(x), packed, bias
 
 
 def moved(x, packed, bias):
