@@ -18,6 +18,9 @@ RESULTS ?= benchmarks/results
 MINUTES ?=
 ONLY ?=
 RESUME ?=
+# of the tests without a GPU, each with one thread: whole files go to one of them, so that module fixtures are made once
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
+WORKERS = -n $(JOBS) --dist loadfile
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(subst /,-,$(TORCH))-$(subst /,-,$(TRANSFORMERS))
 OTHER_RUN := $(OTHER_VENV)/bin/python
@@ -49,7 +52,7 @@ demo: $(STAMP)
 	$(RUN) -m benchmarks.demo
 
 test: $(STAMP)
-	$(RUN) -m pytest -q -m "not gpu" --durations=10
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not gpu" $(WORKERS) --durations=10
 
 # What the first environment installed and built is found through it; pip adds what the other transformers needs anew.
 $(OTHER_STAMP): $(STAMP)
@@ -61,7 +64,7 @@ $(OTHER_STAMP): $(STAMP)
 	@touch $@
 
 test-transformers: $(OTHER_STAMP)
-	$(OTHER_RUN) -m pytest -q -m "not gpu" --durations=10 tests/saap tests/test_examples.py
+	OMP_NUM_THREADS=1 $(OTHER_RUN) -m pytest -q -m "not gpu" $(WORKERS) --durations=10 tests/saap tests/test_examples.py
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

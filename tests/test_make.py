@@ -21,14 +21,23 @@ def test_the_second_environment_gets_transformers_alone_and_sees_the_first(tmp_p
     (first / "bin/python").write_text(STUB)
     (first / "bin/python").chmod(0o755)
     (first / ".installed-a-b").touch()  # the first is complete, and newer than all it is made from
-    command = ["make", "test-transformers", f"VENV={first}", f"OTHER_VENV={second}", "TORCH=a", "TRANSFORMERS=b"]
+    command = [
+        "make",
+        "test-transformers",
+        f"VENV={first}",
+        f"OTHER_VENV={second}",
+        "TORCH=a",
+        "TRANSFORMERS=b",
+        "JOBS=3",
+    ]
     for _ in range(2):
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"LOG": str(log)}
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
     asked = [line.removeprefix(f"{tmp_path}/") for line in log.read_text().splitlines()]
-    tests = "second/bin/python -m pytest -q -m not gpu --durations=10 tests/saap tests/test_examples.py"
+    tests = "second/bin/python -m pytest -q -m not gpu -n 3 --dist loadfile --durations=10"
+    tests += " tests/saap tests/test_examples.py"
     assert [line for line in asked if " -c " not in line] == [
         f"first/bin/python -m venv --without-pip {second}",
         "second/bin/python -m pip install --quiet transformers==5.23.0",
