@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saap_kernels import _ext, cuda
+from saap_kernels import _ext, cuda, cuda_linear, pack
 from tests.kernels import cuda_cases
 from tests.kernels.cuda_cases import *  # noqa: F403  every case
 from tests.kernels.cuda_linear_cases import *  # noqa: F403  every case
@@ -33,3 +33,8 @@ def test_a_failed_launch_carries_the_name_of_the_kernel(monkeypatch) -> None:
         cuda.coupled_salience(x, dy, w, spans, "out", 1, None, ["first"], 1.0)
     with pytest.raises(RuntimeError, match="^activation_planes on cpu: invalid argument$"):
         cuda.sums(x, x, spans, None, [])
+    monkeypatch.setattr(cuda_linear, "DTYPES", {torch.float16: 9})
+    with pytest.raises(RuntimeError, match="^linear on cpu: invalid argument$"):
+        cuda_linear.linear(x[:3], pack(w), None)
+    with pytest.raises(RuntimeError, match="^gated_linear on cpu: invalid argument$"):
+        cuda_linear.gated_linear(x[:3], pack(torch.stack([w, w])), None, "silu")

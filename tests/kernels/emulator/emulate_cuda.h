@@ -1,38 +1,24 @@
 // Runs the CUDA kernels of csrc/ on the host, thread by thread, so that their indices and their order of copies,
-// barriers and collectives can be tested without a device. Every thread of a block is a fiber; barriers and warp
-// collectives switch fibers until all have arrived. Copies to shared memory happen when they are waited for, not
+// barriers and collectives can be tested without a device. Copies to shared memory happen when they are waited for, not
 // before, and shared memory starts as NaN: a missing wait or barrier gives a wrong result.
 #pragma once
 
-#include <ucontext.h>
-
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <exception>
-#include <functional>
-#include <memory>
-#include <stdexcept>
-#include <vector>
+
+#include "emulate_threads.h"
 
 #define __device__
 #define __global__
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 
-struct dim3 {
-  unsigned x, y, z;
-  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
-};
-struct alignas(8) float2 {
-  float x, y;
 };
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 using cudaError_t = int;
@@ -69,104 +55,6 @@ inline float to_float(bfloat16 v) {
   std::memcpy(&result, &wide, 4);
   return result;
 }
-
-namespace emulated {
-
-struct Copy {
-  char* to;
-  const char* from;
-  int bytes;  // the rest are zeros
-};
-
-struct Barrier {
-  int arrived = 0;
-  long generation = 0;
-};
-
-struct Fiber {
-  ucontext_t context;
-  std::vector<char> stack = std::vector<char>(64 << 10);
-  std::vector<std::vector<Copy>> groups = std::vector<std::vector<Copy>>(1);  // the last one is open
-  dim3 thread;
-  bool done = false;
-};
-
-struct Warp {
-  Barrier barrier;
-  uint32_t words[32][6];
-  const char* addresses[32];
-  float floats[32];
-};
-
-struct Block {
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<Warp> warps;
-  std::vector<char> shared;
-  Barrier barrier;
-  dim3 index;
-  ucontext_t scheduler;
-  size_t current = 0;
-  std::function<void()> body;
-  std::exception_ptr error;
-};
-
-inline Block* block = nullptr;
-
-inline Fiber& self() { return *block->fibers[block->current]; }
-inline Warp& warp() { return block->warps[block->current / 32]; }
-inline size_t lane() { return block->current % 32; }
-inline void yield() { swapcontext(&self().context, &block->scheduler); }
-
-inline void wait(Barrier& barrier, size_t threads) {
-  const long generation = barrier.generation;
-  if (++barrier.arrived == int(threads)) {
-    barrier.arrived = 0;
-    ++barrier.generation;
-    return;
-  }
-  while (barrier.generation == generation) yield();
-}
-inline void wait_for_warp() { wait(warp().barrier, std::min<size_t>(32, block->fibers.size())); }
-
-inline void fiber_main() {
-  try {
-    block->body();
-  } catch (...) {  // must not leave the fiber
-    block->error = std::current_exception();
-  }
-  self().done = true;
-  yield();
-}
-
-// Round after round over all fibers; a round in which nothing can move would loop for ever, so it is an error.
-inline void run_block() {
-  for (auto& fiber : block->fibers) {
-    getcontext(&fiber->context);
-    fiber->context.uc_stack.ss_sp = fiber->stack.data();
-    fiber->context.uc_stack.ss_size = fiber->stack.size();
-    fiber->context.uc_link = nullptr;
-    makecontext(&fiber->context, fiber_main, 0);
-  }
-  for (bool alive = true; alive;) {
-    alive = false;
-    const auto arrivals = [] {
-      long sum = block->barrier.generation * 4096 + block->barrier.arrived;
-      for (const Warp& warp : block->warps) sum += warp.barrier.generation * 64 + warp.barrier.arrived;
-      for (const auto& fiber : block->fibers) sum += fiber->done;
-      return sum;
-    };
-    const long before = arrivals();
-    for (block->current = 0; block->current < block->fibers.size(); ++block->current)
-      if (!self().done) {
-        alive = true;
-        swapcontext(&block->scheduler, &self().context);
-        if (block->error) std::rethrow_exception(block->error);
-      }
-    if (alive && arrivals() == before) throw std::runtime_error("emulated block: threads wait for one another for ever");
-  }
-}
-
-}  // namespace emulated
 
 #define threadIdx (saap::emulated::self().thread)
 #define blockIdx (saap::emulated::block->index)
