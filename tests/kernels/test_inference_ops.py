@@ -190,7 +190,7 @@ def test_nothing_as_large_as_the_weight_is_allocated(stored, dtype, tokens, back
     _, packed, _ = case((1, 256, 2048), stored[0], stored[1])
     x = torch.ones(tokens, 2048, dtype=dtype)
     arguments = x, packed.data, packed.scale, packed.zero, None, packed.layout
-    with use_backend(backend), Largest(*arguments[:4 if packed.scale is not None else 2]) as largest:
+    with use_backend(backend), Largest(*arguments[: 4 if packed.scale is not None else 2]) as largest:
         products.linear(*arguments)
     # x in fp32, and a few times 64 rows of a panel as fp32
     assert largest.bytes <= max(x.numel() * 4, 1 << 19) < 256 * 2048 * 4
