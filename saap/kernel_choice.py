@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saap_kernels import PackedWeight, gated_mlp, linear, pack
+from saap_kernels import PackedWeight, gated_mlp, linear, pack, switch_points
+from saap_kernels.backend import requested
 from saap_kernels.packed import LINE, round_up
 
 CACHES = 1 << 26  # bytes of weights read in turn, so that none is found in a cache
@@ -32,28 +33,22 @@ class Timing:
         return self.kernel < MARGIN * self.library
 
 
-def faster_with_kernel(
-    shape: tuple[int, ...], bits: int | None, dtype: torch.dtype, device: torch.device, tokens: int = 1
-) -> bool:
-    """Whether ours is faster for a Linear (N, K) or a gated MLP (F, K, D); ``bits`` 8, 4 or None for ``dtype``.
-
-    Measured at the first call for a shape, its sizes rounded up to the whole lines that are stored (some tenths of a
-    second), and remembered in this process.
-    """
-    return timing(shape, bits, dtype, device, tokens).faster
-
-
 def timing(
     shape: tuple[int, ...], bits: int | None, dtype: torch.dtype, device: torch.device, tokens: int = 1
 ) -> Timing:
-    """The measurement behind ``faster_with_kernel``: the fastest of alternating calls over weights in no cache."""
+    """Of a Linear (N, K) or a gated MLP (F, K, D), ``bits`` 8, 4 or None for ``dtype``, over weights in no cache.
+
+    Measured at the first call for a shape, its sizes rounded up to the whole lines that are stored (some tenths of a
+    second), and remembered in this process for as long as the ops choose their paths as they did.
+    """
     stored = tuple(round_up(size, LINE) for size in shape)
-    return _timing(stored, bits, dtype, str(device), tokens, torch.get_num_threads())
+    paths = requested(), tuple(switch_points.measured(device).items())
+    return _timing(stored, bits, dtype, str(device), tokens, torch.get_num_threads(), paths)
 
 
 @cache
 def _timing(
-    shape: tuple[int, ...], bits: int | None, dtype: torch.dtype, device: str, tokens: int, threads: int
+    shape: tuple[int, ...], bits: int | None, dtype: torch.dtype, device: str, tokens: int, threads: int, paths: object
 ) -> Timing:
     rows = min(shape[0], max(LINE, ROWS_OF // shape[1] // LINE * LINE))
     with torch.inference_mode(False), torch.no_grad():

@@ -66,8 +66,8 @@ class GatedMLP:
         """Whether gate and up still are the halves of ``gate_up``."""
         gate, up, _ = self.linears()
         if gate is up:
-            return self.gate_up.data is gate.packed.data
-        return all(each.packed.data is own.data for each, own in zip((gate, up), self.halves, strict=True))
+            return _same(self.gate_up, gate.packed)
+        return all(_same(each.packed, own) for each, own in zip((gate, up), self.halves, strict=True))
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         gate, up, down = self.linears()
@@ -100,6 +100,11 @@ class GatedMLP:
 def gated_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of an MLP's class that runs ``gated_mlp``."""
     return type(f"Accelerated{base.__name__}", (GatedMLP, base), {"__doc__": GatedMLP.__doc__})
+
+
+def _same(one: PackedWeight, other: PackedWeight) -> bool:
+    """Whether both are the same tensors: a change of dtype exchanges scale and zero, not quantised data."""
+    return one.data is other.data and one.scale is other.scale and one.zero is other.zero
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:

@@ -58,7 +58,9 @@ def plan(lines: int, columns: int, tokens: int, bits: int, processors: int) -> t
     most, slices = min(most_slices(tokens, bits), stages), 1
     while 2 * slices <= most and lines * slices < 2 * processors * block_lines:
         slices *= 2
-    return slices, split_count(-(-lines * slices // block_lines), -(-stages // slices), processors)
+    # half of the multiprocessors draw most of the memory's bandwidth
+    enough = -(-processors // 2)
+    return slices, split_count(-(-lines * slices // block_lines), -(-stages // slices), processors, enough)
 
 
 def most_slices(tokens: int, bits: int) -> int:

@@ -78,8 +78,7 @@ def _whole_product(x: Tensor, values: Tensor, weight: PackedWeight, bias: Tensor
     rows, columns = weight.rows, weight.columns
     if columns % ALIGNED == 0:
         x, values = _narrow(x, columns), _narrow(values, columns)
-    else:
-        # 16-bit rows are as long as those of a padded h; quantised ones may be longer
+    elif x.shape[1] < values.shape[1]:  # 16-bit rows are as long as those of a padded h; quantised ones may be longer
         x = functional.pad(x, (0, values.shape[1] - x.shape[1]))
     if rows % ALIGNED == 0:
         return functional.linear(x, values[:rows], bias)

@@ -195,6 +195,13 @@ def check_packed(name: str, packed: PackedWeight) -> None:
     if packed.bits != 16:
         if packed.scale is None or packed.zero is None or not packed.group_size:
             raise ValueError(f"{name}: expected scale, zero and a group size for {packed.bits} bits, got None")
+        if packed.group_size % GROUP_MULTIPLE:
+            raise ValueError(f"{name}: expected a group size in {GROUP_MULTIPLE}s, got {packed.group_size}")
+        if packed.scale.dtype not in FLOATS or packed.zero.dtype != packed.scale.dtype:
+            raise ValueError(
+                f"{name}: expected scale and zero of one floating-point dtype, "
+                f"got {packed.scale.dtype} and {packed.zero.dtype}"
+            )
         groups = (*leading, rows, -(-packed.columns // packed.group_size))
         expected |= {"scale": (packed.scale, groups), "zero": (packed.zero, groups)}
     for part, (tensor, shape) in expected.items():

@@ -3,15 +3,14 @@
 STEPS = 4  # of a pipeline, at the least: shorter parts would only fill and drain it
 
 
-def split_count(tiles: int, steps: int, processors: int, per_processor: int = 1) -> int:
-    """Parts into which the ``steps`` along the columns are cut: 1 where ``tiles`` blocks keep the device busy.
+def split_count(tiles: int, steps: int, wanted: int, enough: int) -> int:
+    """Parts into which the ``steps`` along the columns are cut: 1 where there are ``enough`` tiles without.
 
-    That is where they fill half of ``per_processor`` blocks on each of its ``processors``: a second stage that adds
-    the parts costs a launch, and half of the multiprocessors draw most of the memory's bandwidth. Otherwise so many
-    that they fill it, of at least ``STEPS`` steps each. A function of the shape and the device alone: the same call
-    is summed in the same order.
+    A second stage, which adds the parts, costs a launch. Otherwise as many as make ``wanted`` blocks of the tiles, each
+    of at least ``STEPS`` steps and none without. A function of the shape and the device alone: the same call is summed
+    in the same order.
     """
-    wanted = processors * per_processor
-    if 2 * tiles >= wanted:
+    if tiles >= enough:
         return 1
-    return max(1, min(-(-wanted // tiles), steps // STEPS))
+    splits = max(1, min(-(-wanted // tiles), steps // STEPS))
+    return -(-steps // -(-steps // splits))

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from saap_kernels.packed import PackedWeight
+from saap_kernels.splits import split_count
 
 FEW_TOKENS = 16  # up to here a product is bound by reading the weight
 FINISH_N = 256  # results of one program of a second kernel
-PROGRAMS = 2  # of one multiprocessor, below which K is split
-SHORTEST_SPLIT = 4  # steps: a program reads three ahead
+PROGRAMS = 2  # of one multiprocessor, below which K is split: their reads keep its share of memory busy
 WHOLE_ROW = 1 << 30  # the group of rows of one group: widths that differ compile nothing new
 
 
@@ -49,7 +49,8 @@ def choose_config(problem: Problem) -> LinearConfig:
     if problem.tokens > FEW_TOKENS:
         return config
     tiles, steps = -(-problem.rows // config.block_n), -(-problem.columns // config.block_k)
-    return replace(config, splits=split_count(tiles, steps, problem.processors))
+    wanted = PROGRAMS * problem.processors
+    return replace(config, splits=split_count(tiles, steps, wanted, enough=wanted))
 
 
 def _tile(problem: Problem) -> LinearConfig:
@@ -73,17 +74,6 @@ def step_columns(most: int, bits: int, group: int) -> int:
     while bits != 16 and group % columns and columns > 32:
         columns //= 2
     return max(columns, 64) if bits == 4 else columns
-
-
-def split_count(tiles: int, steps: int, processors: int) -> int:
-    """Programs that share the ``steps`` of one tile: enough for two on each multiprocessor, none without a step.
-
-    Reads of two programs keep a multiprocessor's share of memory busy; one shorter than what it reads ahead costs more
-    than it brings.
-    """
-    wanted = -(-PROGRAMS * processors // tiles)
-    splits = max(1, min(wanted, steps // SHORTEST_SPLIT))
-    return -(-steps // -(-steps // splits))
 
 
 def processors_and_capability(device: torch.device) -> tuple[int, int]:

@@ -11,9 +11,8 @@ from torch import Tensor
 from saap_kernels._launch import launching
 from saap_kernels.packed import PackedWeight
 from saap_kernels.triton_config import FINISH_N, LinearConfig, Operands, choose_config
+from saap_kernels.triton_gating import gated
 from saap_kernels.triton_packed import products, tile_of
-
-SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
 
 
 @triton.jit
@@ -22,10 +21,7 @@ def _activated(gate, up, bias, f, F, BIAS: tl.constexpr, GELU: tl.constexpr):
     if BIAS:
         gate += tl.load(bias + f, mask=f < F, other=0.0).to(tl.float32)
         up += tl.load(bias + F + f, mask=f < F, other=0.0).to(tl.float32)
-    argument = gate
-    if GELU:  # 1 + tanh(u) is twice the sigmoid of 2u
-        argument = SQRT_8_OVER_PI * (gate + 0.044715 * gate * gate * gate)
-    return tl.where(f < F, gate / (1.0 + tl.exp(-argument)) * up, 0.0)
+    return tl.where(f < F, gated(gate, up, GELU), 0.0)
 
 
 @triton.jit(do_not_specialize=["T", "F", "K", "x_units", "groups", "steps"])
@@ -40,7 +36,7 @@ def gated_kernel(
     first = split * steps
     gate, up = products(
         x, data, scales, zeros, tile_t * BLOCK_T, tile_n * BLOCK_N,
-        first, tl.minimum(first + steps, tl.cdiv(K, BLOCK_K)), T, K, x_units * X_UNIT, rows, pitch, groups,
+        first, tl.minimum(first + steps, tl.cdiv(K, BLOCK_K)), T, K, x_units.to(tl.int64) * X_UNIT, rows, pitch, groups,
         BITS, True, GROUP, STREAM, EXACT, BLOCK_T, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     f, t = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :], (tile_t * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]

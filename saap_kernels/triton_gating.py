@@ -7,6 +7,16 @@ from torch import Tensor
 from saap_kernels._launch import launching
 
 BLOCK, WARPS = 2048, 8  # features of a program: each thread reads 16 bytes of 16-bit values of either half
+SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
+
+
+@triton.jit
+def gated(gate, up, GELU: tl.constexpr):
+    """act(gate) * up in fp32, both activations as gate * sigmoid(argument)."""
+    argument = gate
+    if GELU:  # 1 + tanh(u) is twice the sigmoid of 2u
+        argument = SQRT_8_OVER_PI * (gate + 0.044715 * gate * gate * gate)
+    return gate / (1.0 + tl.exp(-argument)) * up
 
 
 @triton.jit
@@ -16,10 +26,7 @@ def gating_kernel(both, h, width, padded, GELU: tl.constexpr, BLOCK: tl.constexp
     inside = features < padded  # a multiple of 64: loads and stores stay wide, whatever the width is
     gate = tl.load(both + row * 2 * padded + features, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(both + row * 2 * padded + padded + features, mask=inside, other=0.0).to(tl.float32)
-    # both are gate * sigmoid(inner): (1 + tanh u) / 2 = sigmoid(2 u)
-    inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
-    value = gate / (1.0 + tl.exp(-inner)) * up
-    value = tl.where(features < width, value, 0.0)  # 0 * NaN, where x is not finite
+    value = tl.where(features < width, gated(gate, up, GELU), 0.0)  # 0 * NaN, where x is not finite
     tl.store(h + row * padded + features, value.to(h.dtype.element_ty), mask=inside)
 
 

@@ -31,7 +31,7 @@ def linear_kernel(
     first = split * steps
     acc, _ = products(
         x, data, scales, zeros, tile_t * BLOCK_T, tile_n * BLOCK_N,
-        first, tl.minimum(first + steps, tl.cdiv(K, BLOCK_K)), T, K, x_units * X_UNIT, rows, pitch, groups,
+        first, tl.minimum(first + steps, tl.cdiv(K, BLOCK_K)), T, K, x_units.to(tl.int64) * X_UNIT, rows, pitch, groups,
         BITS, False, GROUP, STREAM, EXACT, BLOCK_T, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     n, t = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :], (tile_t * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]

@@ -40,12 +40,17 @@ def key(op: str, dtype: torch.dtype, weight: PackedWeight) -> str:
     return f"{op} {_name(dtype)} {stored_as(weight)} {size_class(weight)}"
 
 
-def measured_rungs(op: str, device: torch.device, dtype: torch.dtype, weight: PackedWeight) -> Rungs | None:
-    """What was measured for such a product on this device, or None. The file is read at the first call."""
+def measured(device: torch.device) -> Mapping[str, Rungs]:
+    """{kind of product: rungs} of what was measured on this device. The file is read at the first call."""
     name = table.device_name(device)
     if name not in _measured:
         _measured[name] = table.read().get(name, {})
-    return _measured[name].get(key(op, dtype, weight))
+    return _measured[name]
+
+
+def measured_rungs(op: str, device: torch.device, dtype: torch.dtype, weight: PackedWeight) -> Rungs | None:
+    """What was measured for such a product on this device, or None."""
+    return measured(device).get(key(op, dtype, weight))
 
 
 def default_rungs(

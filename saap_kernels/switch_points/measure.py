@@ -137,10 +137,12 @@ def _warmed_up(call: Call, copies: int, device: torch.device) -> Call:
     if device.type != "cuda":
         return call
     torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
-        for index in range(copies):
-            call(index)
+    with torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        # torch would capture on one stream for all devices, that of the first
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
+            for index in range(copies):
+                call(index)
     return lambda _: graph.replay()
 
 

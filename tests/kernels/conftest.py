@@ -16,11 +16,14 @@ with torch.device("meta"):
 
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch):
-    """torch.empty returns NaN for floating-point tensors during every kernel test."""
-    real = torch.empty
+    """torch.empty and Tensor.new_empty return NaN for floating-point tensors during every kernel test."""
 
-    def poisoned(*args, **kwargs):
-        tensor = real(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.is_meta else tensor
+    def poisoned(real):
+        def empty(*args, **kwargs):
+            tensor = real(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.is_meta else tensor
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        return empty
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

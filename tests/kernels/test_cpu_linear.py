@@ -21,7 +21,7 @@ SHAPES = [(1, 131, 513), (3, 131, 65), (8, 70, 1100)]  # (T, N, K): one token, a
 
 @contextmanager
 def running(tokens: int, portable: bool) -> Iterator[None]:
-    """Up to ``tokens`` by the kernel, more in panels of 64 rows; by the code for any processor or AVX2's."""
+    """The backend, up to ``tokens`` by the kernel, more in panels of 64 rows; the code for any processor or AVX2's."""
     native = _ext.native()
     names = ("packed_linear_f32", "unpack_rows_f32")
     with pytest.MonkeyPatch.context() as patch:
@@ -30,7 +30,8 @@ def running(tokens: int, portable: bool) -> Iterator[None]:
         if portable:
             code = SimpleNamespace(**{name: partial(getattr(native, name), portable=True) for name in names})
             patch.setattr(cpu_linear, "_native", lambda: code)
-        yield
+        with use_backend("cpu"):  # unasked, fp32 weights are torch's
+            yield
 
 
 PATHS = [(128, False), (128, True), (0, False), (0, True)]
@@ -66,10 +67,13 @@ def test_weights_and_scales_of_another_dtype_than_x(dtype, stored) -> None:
         x, packed, _ = case((3, 70, 130), stored, bits)
         x = x.to(dtype)
         exact = oracles.linear(x, packed)
-        # fp32 sums of about 130 terms, then one rounding to the dtype of x
-        torch.testing.assert_close(
-            linear(x, packed).double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5 * float(exact.abs().max())
-        )
+        for path in PATHS:
+            with running(*path):
+                found = linear(x, packed)
+            # fp32 sums of about 130 terms, then one rounding to the dtype of x
+            torch.testing.assert_close(
+                found.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5 * float(exact.abs().max())
+            )
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

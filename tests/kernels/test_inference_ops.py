@@ -6,8 +6,21 @@ from itertools import product
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from saap_kernels import available_backends, gated_linear, gated_mlp, linear, pack, unpack, use_backend
+from saap_kernels import (
+    available_backends,
+    cpu_linear,
+    gated_linear,
+    gated_mlp,
+    library_linear,
+    linear,
+    pack,
+    products,
+    unpack,
+    use_backend,
+)
 from saap_kernels.backend import INFERENCE
 from saap_kernels.products import IMPLEMENTED
 from tests.kernels import linear_oracles as oracles
@@ -119,10 +132,68 @@ def test_values_that_are_not_finite_stay_in_their_row(value, bits, tokens, backe
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_inference_tensors_and_frozen_weights(backend):
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_gated_values_that_are_not_finite_are_torchs_and_the_padding_is_zero(value, bits, tokens, activation, backend):
+    x, up, up_bias = case((tokens, 9, 70), bits=bits, gated=True)
+    _, down, down_bias = case((tokens, 5, 9), bits=bits)
+    x[-1, 3] = value
+    expected = eager(gated_linear, x, up, up_bias, activation=activation)
+    with use_backend(backend):
+        found = gated_linear(x, up, up_bias, activation=activation)
+        mlp = gated_mlp(x, up, down, up_bias, down_bias, activation=activation)
+    for ours, theirs in ((found, expected), (mlp, eager(linear, expected, down, down_bias))):
+        assert torch.equal(ours.isnan(), theirs.isnan()) and ours[:-1].isfinite().all()
+        # a routine that adds in another order meets the same infinities
+        assert torch.equal(ours.isposinf(), theirs.isposinf()) and torch.equal(ours.isneginf(), theirs.isneginf())
+    assert not found.as_strided((tokens, 64), (64, 1))[:, 9:].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bits", [16, 8])
+def test_inference_tensors_and_frozen_weights(bits, backend):
     with torch.inference_mode(), use_backend(backend):
-        x, packed, bias = case((3, 9, 70), bits=8)
-        assert linear(x, packed, bias).is_inference()
+        x, packed, bias = case((3, 9, 70), bits=bits)
+        inside = linear(x, packed, bias)
+        assert inside.is_inference()
+    with use_backend(backend):
+        assert torch.equal(linear(x, packed, bias), inside)  # where no gradient is wanted
+        leaf = x.clone().requires_grad_()
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+            linear(leaf, packed, bias)  # as torch's own Linear
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that any function of torch returns in memory of its own."""
+
+    def __init__(self, *known: torch.Tensor):
+        super().__init__()
+        self.bytes, self.known = 0, {tensor.untyped_storage().data_ptr() for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("backend", [each for each in BACKENDS if each != "reference"])
+@pytest.mark.parametrize("tokens", [1, 3, 200])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stored", [(torch.float32, 8), (torch.float32, 4), (torch.bfloat16, 16)], ids=str)
+def test_nothing_as_large_as_the_weight_is_allocated(stored, dtype, tokens, backend, monkeypatch):
+    for module in (cpu_linear, library_linear):
+        monkeypatch.setattr(module, "PANEL_ELEMENTS", 1 << 14)
+    _, packed, _ = case((1, 256, 2048), stored[0], stored[1])
+    x = torch.ones(tokens, 2048, dtype=dtype)
+    arguments = x, packed.data, packed.scale, packed.zero, None, packed.layout
+    with use_backend(backend), Largest(*arguments[: 4 if packed.scale is not None else 2]) as largest:
+        products.linear(*arguments)
+    # x in fp32, and a few times 64 rows of a panel as fp32
+    assert largest.bytes <= max(x.numel() * 4, 1 << 19) < 256 * 2048 * 4
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

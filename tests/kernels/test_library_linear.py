@@ -51,6 +51,16 @@ def test_a_gpus_gemm_sees_aligned_extents_and_the_weight_itself(monkeypatch) -> 
         assert seen.pop() == (*extents, packed.data.data_ptr())
 
 
+@pytest.mark.parametrize("rows", [9, 64])
+def test_rows_that_are_padded_already_are_not_copied(rows, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(functional, "linear", lambda x, *rest: seen.append(x.data_ptr()))
+    x, packed, _ = case((3, rows, 70))
+    h = functional.pad(x, (0, 58))  # as gated_linear leaves it
+    _whole_product(h, _values(packed, x.dtype), packed, None)
+    assert seen == [h.data_ptr()]
+
+
 def test_a_cpus_gemm_reads_the_weight_where_it_lies(monkeypatch) -> None:
     seen = []
     real = functional.linear

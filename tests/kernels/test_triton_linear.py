@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from saap_kernels.triton_config import WHOLE_ROW, Problem, choose_config, split_count, step_columns
+from saap_kernels.triton_config import WHOLE_ROW, Problem, choose_config, step_columns
 
 CASES = Path(__file__).with_name("triton_linear_cases.py")
 COMMAND = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -135,15 +135,6 @@ def test_a_step_lies_within_one_group(group, bits) -> None:
 
 
 def test_k_is_split_where_tiles_are_few() -> None:
-    assert split_count(tiles=172, steps=32, processors=132) == 2
-    assert split_count(tiles=264, steps=32, processors=132) == 1  # two programs on each already
-    assert split_count(tiles=64, steps=32, processors=132) == 5  # five of seven steps at most
-    assert split_count(tiles=1, steps=3, processors=132) == 1  # too short to share
-    assert split_count(tiles=1, steps=4096, processors=132) == 256
-    for tiles in (1, 7, 63, 200):
-        for steps in range(1, 130):
-            splits = split_count(tiles, steps, processors=132)
-            each = -(-steps // splits)
-            assert (splits - 1) * each < steps  # none is left without a step
-            assert splits == 1 or each >= 4
+    assert choose_config(replace(DECODE, rows=11008)).splits == 2
+    assert choose_config(replace(DECODE, rows=264 * 64)).splits == 1  # two programs on each multiprocessor already
     assert choose_config(DECODE).splits == 5 and choose_config(replace(DECODE, tokens=17)).splits == 1

@@ -98,6 +98,20 @@ def test_rows_of_tokens_may_be_any_pitch_apart(stored, pitch) -> None:
     check_linear(*case((5, 17, 57 + 128), torch.float16, *stored, pitch=pitch))
 
 
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_tokens_may_be_two_to_the_31_elements_apart(beyond) -> None:
+    """At which a pitch counted in eights still fits 32 bits; the system need not keep zeros that nobody writes."""
+    x, packed, bias = case((2, 17, 185), torch.float16)
+    pitch = 2**31 + beyond
+    far = torch.zeros(pitch + 185, dtype=torch.float16, device=DEVICE).as_strided(x.shape, (pitch, 1))
+    far.copy_(x)
+    there = moved(x, packed, bias)
+    assert torch.equal(triton_linear.linear(far, *there[1:]), triton_linear.linear(*there))
+    _, up, _ = (each if isinstance(each, torch.Tensor) else each.to(DEVICE) for each in case((2, 17, 185), gated=True))
+    gated = [triton_linear.gated_linear(each, up, None, "silu") for each in (far, there[0])]
+    assert torch.equal(*gated)
+
+
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("tokens", [2, 17])
 def test_padded_rows_are_those_that_gated_linear_leaves(tokens, bits) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 import saap
 from saap.packed_linear import Packed
 from saap.packed_mlp import GatedMLP
+from saap_kernels import unpack
 from tests.saap.test_accelerate import EVERYTHING, LAYERS, assert_same_state, calls_of, logits_of, make, state_of
 from tests.saap.test_calibrate import token_ids
 from tests.saap.test_checkpoint import ids
@@ -107,6 +108,22 @@ def test_a_change_of_dtype_reaches_the_packed_weights(family: str, bits: int | N
     torch.testing.assert_close(logits_of(model), logits_of(plain), rtol=1e-10, atol=1e-10)
     handle.undo()
     torch.testing.assert_close(logits_of(model), logits_of(plain), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gate_and_up_follow_a_change_of_dtype_that_only_scales_see(family: str) -> None:
+    model = make(family, "non-uniform")
+    saap.accelerate(model, bits=8, **EVERYTHING)
+    before = storages(model)
+    model.half()
+    assert storages(model) < before  # nothing of the wider scales is held on to
+    for layer in model.model.layers:
+        gate, up = unpack(layer.mlp.gate_up)
+        assert torch.equal(torch.cat([gate, up]), torch.cat([w.unpacked_weight() for w in _gate_and_up(layer.mlp)]))
+
+
+def _gate_and_up(mlp) -> list:
+    return list(dict.fromkeys(mlp.linears()[:2]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,8 +10,9 @@ from saap import kernel_choice
 from saap.checkpoint import save
 from saap.compact import compact
 from saap.doctor import shape_choices
-from saap.kernel_choice import Timing, faster_with_kernel, timing
-from saap_kernels import PackedWeight
+from saap.kernel_choice import Timing, timing
+from saap_kernels import PackedWeight, switch_points, use_backend
+from saap_kernels.switch_points import table
 from tests.saap.test_checkpoint import make_plan
 from tests.saap.test_empty_modules import hollow_plan
 from tests.saap.tiny import tiny_model
@@ -54,7 +55,23 @@ def test_what_takes_longer_is_not_chosen(monkeypatch, slow: str, chosen: bool) -
     else:
         monkeypatch.setattr(kernel_choice.F, "linear", sleepy)
         monkeypatch.setattr(kernel_choice, "linear", lambda x, packed: x)
-    assert faster_with_kernel((64, 64), 8, FP32, CPU) is chosen
+    assert timing((64, 64), 8, FP32, CPU).faster is chosen
+
+
+def test_other_paths_are_measured_anew(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(kernel_choice, "_interleaved", lambda calls, device: [1.0, 1.0])
+    monkeypatch.setenv("SAAP_SWITCH_POINTS", str(tmp_path / "points.json"))
+    switch_points.forget()
+    try:
+        unasked = timing((64, 64), 8, FP32, CPU)
+        with use_backend("reference"):
+            assert timing((64, 64), 8, FP32, CPU) is not unasked
+        assert timing((64, 64), 8, FP32, CPU) is unasked
+        table.write(table.location(), table.device_name(CPU), {"linear float32 int8 small": [[None, "library"]]})
+        switch_points.forget()
+        assert timing((64, 64), 8, FP32, CPU) is not unasked
+    finally:
+        switch_points.forget()
 
 
 def test_a_gain_within_noise_is_none() -> None:
