@@ -60,12 +60,12 @@ def default_rungs(
 
     ``dtype`` is that of x.
     """
-    wide = weight.bits == 16 and weight.data.dtype.itemsize > 2
-    if wide or not kernels:
-        return ((None, LIBRARY),)  # fp32 and fp64 kernels are there to be right
+    on_cpu, wide = device.type == "cpu", weight.bits == 16 and weight.data.dtype.itemsize > 2
+    if not kernels or (wide and not on_cpu):
+        return ((None, LIBRARY),)  # fp32 kernels of GPUs are there to be right; fp64 has none
     first, most = next(iter(kernels.items()))
     decode = (DECODE_TOKENS if most is None else min(DECODE_TOKENS, most), first)
-    multiplied = weight.bits == 16 and weight.data.dtype == dtype and (device.type != "cpu" or multiplies(dtype))
+    multiplied = weight.bits == 16 and weight.data.dtype == dtype and (not on_cpu or wide or multiplies(dtype))
     above = next((name for name, most in kernels.items() if most is None), LIBRARY)
     return (decode, (None, LIBRARY if multiplied else above))
 
