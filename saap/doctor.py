@@ -16,7 +16,7 @@ from saap.kernel_choice import timing
 from saap.memory import available_bytes
 from saap.model_info import skeleton
 from saap.version import __version__
-from saap_kernels import _ext
+from saap_kernels import _ext, switch_points
 
 OPTIONAL = {"datasets": "hub:... data", "peft": "LoRA on pruned models"}
 
@@ -54,6 +54,10 @@ def shape_choices(folder: Path) -> Iterator[ShapeChoice]:
             yield ShapeChoice(kind, shape, modules, bits, found.library, found.kernel, choice)
 
 
+def _devices() -> list[str]:
+    return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -82,5 +86,6 @@ def examine() -> dict[str, Any]:
             "CUDA targets": native.cuda_archs if native and native.cuda_built else "none",
         },
         "backends": saap_kernels.available_backends(),
+        "switch points": {device: switch_points.status(device) for device in _devices()},
         "families": list(known_families()),
     }

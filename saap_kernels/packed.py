@@ -78,7 +78,8 @@ def pack(weight: Tensor, *, bits: int = 16, group_size: int | None = None) -> Pa
     bits 16 keeps the dtype and every value, fp32 included. bits 8 and 4 quantise each ``group_size`` (default 128, a
     multiple of 32) consecutive weights of a row to 256 or 16 even steps between their least and largest: an error of
     at most half a step, plus the rounding of ``zero`` to its dtype. A group as wide as the row or wider is the row.
-    Raises ValueError for other shapes, dtypes, bits and groups, and for weights to quantise that are not finite.
+    Raises ValueError for other shapes, dtypes, bits and groups, and for weights to quantise that are not finite, or
+    whose range within a group is not.
     """
     check_pack(weight, bits, group_size)
     rows, columns = weight.shape[-2:]
@@ -140,6 +141,8 @@ def _quantise(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Te
         scale.float() * steps < high - low, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale
     )
     zero = (low - lowest * scale.float()).to(kept)
+    if not bool(scale.isfinite().all() & zero.isfinite().all()):
+        raise ValueError(f"weight: expected groups whose range fits {kept}, got values up to {weight.abs().max():.3g}")
     safe = torch.where(scale > 0, scale.float(), 1.0)[..., None]
     quantised = ((values - zero.float()[..., None]) / safe).round_().clamp_(lowest, lowest + steps)
     quantised = quantised.flatten(-2)[..., :columns].to(torch.int8 if bits == 8 else torch.uint8)

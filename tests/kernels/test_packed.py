@@ -91,6 +91,8 @@ def test_to_moves_and_converts():
         (torch.zeros(2, 2), {"bits": 4, "group_size": 48}, "positive multiple of 32, got 48"),
         (torch.zeros(2, 2), {"bits": 4, "group_size": 0}, "positive multiple of 32, got 0"),
         (torch.full((2, 2), torch.nan), {"bits": 8}, "expected finite values to quantise to 8 bits"),
+        (torch.tensor([[-3e38, 3e38]]), {"bits": 8}, r"groups whose range fits torch.float32, got values up to 3e\+38"),
+        (torch.tensor([[1e300]], dtype=torch.float64), {"bits": 4}, r"got values up to 1e\+300"),
     ],
 )
 def test_bad_weights(weight, options, message):
