@@ -35,6 +35,7 @@ BENCHMARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("criteria", ()),
     ("compensation", ()),
     ("end_to_end", ()),
+    ("quantised", ()),
 )
 LEAST_SECONDS = 20  # with less time left no module is started
 
