@@ -2,9 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
-from math import inf
-from time import perf_counter
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -13,10 +11,11 @@ from torch.nn import functional as F
 from saap_kernels import PackedWeight, gated_mlp, linear, pack, switch_points
 from saap_kernels.backend import requested
 from saap_kernels.packed import LINE, round_up
+from saap_kernels.switch_points.measure import interleaved
 
 CACHES = 1 << 26  # bytes of weights read in turn, so that none is found in a cache
 ROWS_OF = 1 << 22  # weights: of larger matrices so many rows are timed, and the time is scaled up
-REPEATS, LEAST_REPEATS, ENOUGH_SECONDS = 7, 2, 0.2  # of each; slow products are repeated less often
+REPEATS = 7  # of each copy; slow products are repeated less often
 MARGIN = 0.9  # of the library's time; closer is noise, or little gained
 
 
@@ -53,9 +52,16 @@ def _timing(
     rows = min(shape[0], max(LINE, ROWS_OF // shape[1] // LINE * LINE))
     with torch.inference_mode(False), torch.no_grad():
         x = _uniform(tokens, shape[1], dtype, torch.device(device))
-        calls = _linears(x, rows, bits) if len(shape) == 2 else _gated(x, rows, shape[2], bits)
-        seconds = _interleaved(calls, torch.device(device))
-    return Timing(*(value * shape[0] / rows for value in seconds))
+        library, kernel = _linears(x, rows, bits) if len(shape) == 2 else _gated(x, rows, shape[2], bits)
+        calls = {"library": partial(_turn, library), "kernel": partial(_turn, kernel)}
+        copies = max(len(library), len(kernel))
+        # the fastest: what other work on the machine adds to a call is no property of a product
+        seconds = interleaved(calls, copies, torch.device(device), REPEATS * copies, min)
+    return Timing(**{name: value * shape[0] / rows for name, value in seconds.items()})
+
+
+def _turn(calls: list[Callable[[], object]], index: int) -> object:
+    return calls[index % len(calls)]()
 
 
 def _linears(x: Tensor, rows: int, bits: int | None) -> list[list[Callable[[], object]]]:
@@ -105,34 +111,3 @@ def _weights(
 
 def _copies(tensor: Tensor) -> list[Tensor]:
     return [tensor.clone() for _ in range(max(1, min(64, CACHES // tensor.nbytes)))]
-
-
-def _interleaved(calls: list[list[Callable[[], object]]], device: torch.device) -> list[float]:
-    """Seconds of the fastest call of each list; lists take turns call by call, and the first round is not counted.
-
-    The fastest: what other work on the machine adds to a call is no property of a product.
-    """
-    seconds = [inf] * len(calls)
-    begin, rounds = perf_counter(), max(map(len, calls))
-    for repeat in range(REPEATS + 1):
-        if repeat > LEAST_REPEATS and perf_counter() - begin > ENOUGH_SECONDS:
-            break
-        for turn in range(rounds):
-            for index, own in enumerate(calls):
-                found = _seconds(own[turn % len(own)], device)
-                if repeat:
-                    seconds[index] = min(seconds[index], found)
-    return seconds
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    _finish(device)
-    start = perf_counter()
-    call()
-    _finish(device)
-    return perf_counter() - start
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -120,15 +120,18 @@ def _run(op: str, name: str, x: Tensor, weights: Sequence[PackedWeight], index: 
         module.gated_linear(x, weights[index], None, "silu")
 
 
-def interleaved(calls: Mapping[str, Call], copies: int, device: torch.device, repeats: int) -> Times:
-    """{name: median seconds of one product}; each round runs every call, long ones in fewer rounds."""
+def interleaved(
+    calls: Mapping[str, Call], copies: int, device: torch.device, repeats: int,
+    summary: Callable[[list[float]], float] = median,
+) -> Times:  # fmt: skip
+    """{name: seconds of one product, the median of all}; each round runs every call, long ones in fewer rounds."""
     ready = {name: _warmed_up(call, copies, device) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     for index in range(repeats):
         for name, call in ready.items():
             if index < 3 or sum(seconds[name]) < SECONDS:
                 seconds[name].append(_time(call, index % copies, device))
-    return {name: median(values) / (copies if device.type == "cuda" else 1) for name, values in seconds.items()}
+    return {name: summary(values) / (copies if device.type == "cuda" else 1) for name, values in seconds.items()}
 
 
 def _warmed_up(call: Call, copies: int, device: torch.device) -> Call:

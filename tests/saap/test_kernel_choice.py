@@ -59,7 +59,7 @@ def test_what_takes_longer_is_not_chosen(monkeypatch, slow: str, chosen: bool) -
 
 
 def test_other_paths_are_measured_anew(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(kernel_choice, "_interleaved", lambda calls, device: [1.0, 1.0])
+    monkeypatch.setattr(kernel_choice, "interleaved", lambda calls, *how: dict.fromkeys(calls, 1.0))
     monkeypatch.setenv("SAAP_SWITCH_POINTS", str(tmp_path / "points.json"))
     switch_points.forget()
     try:
@@ -80,7 +80,9 @@ def test_a_gain_within_noise_is_none() -> None:
 
 def test_large_matrices_are_timed_by_some_of_their_rows(monkeypatch) -> None:
     monkeypatch.setattr(kernel_choice, "ROWS_OF", 64 * 16)
-    monkeypatch.setattr(kernel_choice, "_interleaved", lambda calls, device: [float(c[0]().shape[1]) for c in calls])
+    monkeypatch.setattr(
+        kernel_choice, "interleaved", lambda calls, *how: {name: float(c(0).shape[1]) for name, c in calls.items()}
+    )
     assert timing((128, 64), None, FP32, CPU) == Timing(128.0, 128.0)  # 16 rows, eight times
 
 
