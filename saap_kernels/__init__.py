@@ -11,7 +11,7 @@ from saap_kernels.calibration import (
     weight_salience_both,
 )
 from saap_kernels.inference import gated_linear, gated_mlp, linear
-from saap_kernels.packed import PackedWeight, pack, unpack
+from saap_kernels.packed import PackedWeight, pack, pack_quantised, unpack
 from saap_kernels.switch_points.measure import measure_switch_points
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "linear",
     "measure_switch_points",
     "pack",
+    "pack_quantised",
     "unpack",
     "use_backend",
     "weight_salience",

@@ -82,17 +82,43 @@ def pack(weight: Tensor, *, bits: int = 16, group_size: int | None = None) -> Pa
     whose range within a group is not.
     """
     check_pack(weight, bits, group_size)
-    rows, columns = weight.shape[-2:]
     weight = weight.detach()
     if bits == 16:
-        return PackedWeight(_padded(weight, round_up(columns, LINE)), tuple(weight.shape), 16)
+        return PackedWeight(_padded(weight, round_up(weight.shape[-1], LINE)), tuple(weight.shape), 16)
     group = group_size or GROUP
-    quantised, scale, zero = _quantise(weight, bits, group)
+    return pack_quantised(*_quantise(weight, bits, group), bits=bits, group_size=group)
+
+
+def pack_quantised(quantised: Tensor, scale: Tensor, zero: Tensor, *, bits: int, group_size: int) -> PackedWeight:
+    """Lay out a weight that is quantised already, W = scale * Q + zero, for the inference ops.
+
+    ``quantised`` (N, K) or (2, N, K): int8 of -128 to 127 (bits 8) or uint8 of 0 to 15 (bits 4); ``scale`` and ``zero``
+    (..., N, ceil(K / group_size)) of one floating-point dtype. Raises ValueError for anything else.
+    """
+    if bits not in (8, 4):
+        raise ValueError(f"bits: expected 8 or 4, got {bits!r}")
+    if not isinstance(group_size, int) or group_size < 1 or group_size % GROUP_MULTIPLE:
+        raise ValueError(f"group_size: expected a positive multiple of {GROUP_MULTIPLE}, got {group_size!r}")
+    stored = torch.int8 if bits == 8 else torch.uint8
+    if quantised.dtype != stored:
+        raise ValueError(f"quantised: expected {stored} for {bits} bits, got {quantised.dtype}")
+    if quantised.ndim not in (2, 3) or (quantised.ndim == 3 and quantised.shape[0] != 2) or 0 in quantised.shape:
+        raise ValueError(f"quantised: expected shape (N, K) or (2, N, K), none of them 0, got {tuple(quantised.shape)}")
+    if bits == 4 and int(quantised.max()) > 15:
+        raise ValueError(f"quantised: expected values of 0 to 15 for 4 bits, got {int(quantised.max())}")
+    columns = quantised.shape[-1]
+    groups = (*quantised.shape[:-1], -(-columns // group_size))
+    for name, tensor in (("scale", scale), ("zero", zero)):
+        if tuple(tensor.shape) != groups or tensor.dtype not in FLOATS or tensor.dtype != scale.dtype:
+            raise ValueError(
+                f"{name}: expected shape {groups} for groups of {group_size}, scale and zero of one floating-point "
+                f"dtype, got {tuple(tensor.shape)} of {tensor.dtype}"
+            )
     data = _padded(quantised, round_up(columns, QUANTISED_LINE))
-    if bits == 4:
-        data = _nibbles(data)
-    groups = scale.shape[-1]
-    return PackedWeight(data, tuple(weight.shape), bits, group, _padded(scale, groups), _padded(zero, groups))
+    data = _nibbles(data) if bits == 4 else data
+    count = groups[-1]
+    packed_scale, packed_zero = _padded(scale, count), _padded(zero, count)
+    return PackedWeight(data, tuple(quantised.shape), bits, group_size, packed_scale, packed_zero)
 
 
 def unpack(packed: PackedWeight, *, dtype: torch.dtype | None = None) -> Tensor:

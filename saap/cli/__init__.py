@@ -4,7 +4,7 @@ from typing import NoReturn
 
 import typer
 
-from saap.cli import calibrate, inspect, plan, prune
+from saap.cli import calibrate, check, export, inspect, plan, prune, serve
 
 app = typer.Typer(
     help="Make a language model structurally smaller in one fast pass.\n\n"
@@ -19,6 +19,9 @@ app.command("plan")(plan.plan)
 app.command("eval")(inspect.evaluate_command)
 app.command("info")(inspect.info)
 app.command("compare")(inspect.compare)
+app.command("check")(check.check)
+app.command("export")(export.export)
+app.command("serve")(serve.serve)
 app.command("doctor")(inspect.doctor)
 
 

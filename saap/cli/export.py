@@ -1,0 +1,54 @@
+"""``saap export``: the same model for other runtimes."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from saap import console
+from saap.cli.options import Debug, Force
+from saap.quantise import export_quantised
+from saap.serving.compressed_tensors import export_compressed_tensors
+from saap.serving.gguf_export import TYPES, export_gguf
+
+BITS = {"int8": 8, "int4": 4}
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model directory, dense or pruned.")],
+    gguf: Annotated[Path | None, typer.Option(help="Write this GGUF file, for llama.cpp.")] = None,
+    kind: Annotated[str, typer.Option("--type", help=f"Of the weights in a GGUF file: {', '.join(TYPES)}.")] = "f16",
+    quantised: Annotated[
+        Literal["int8", "int4"] | None,
+        typer.Option(help="Write a directory with quantised projections, for transformers and vLLM with saap."),
+    ] = None,
+    compressed_tensors: Annotated[
+        Literal["int4"] | None,
+        typer.Option(help="Write a directory in the compressed-tensors format, which needs nothing of saap."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where a directory goes.")] = None,
+    group_size: Annotated[int, typer.Option(help="Of a directory: weights that share scale and zero.")] = 32,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model for another runtime: a GGUF file, or a directory with quantised weights.
+
+    Example: `saap export my-llama-20 --gguf my-llama-20.gguf --type q8_0`
+    """
+    console.quiet_libraries()
+    with console.user_errors(debug):
+        if sum(each is not None for each in (gguf, quantised, compressed_tensors)) != 1:
+            raise ValueError("give exactly one of --gguf FILE, --quantised int8|int4 and --compressed-tensors int4")
+        if (gguf is None) == (out is None):
+            raise ValueError("--out DIR goes with --quantised and --compressed-tensors, and not with --gguf FILE")
+        if gguf is not None:
+            export_gguf(folder, gguf, kind, force=force)
+            written = gguf
+        else:
+            assert out is not None
+            if quantised is not None:
+                export_quantised(folder, out, bits=BITS[quantised], group_size=group_size, force=force)
+            else:
+                export_compressed_tensors(folder, out, group_size=group_size, force=force)
+            written = out
+        typer.echo(f"wrote {written}")
