@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -88,6 +89,16 @@ def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     json.dump(value, sys.stdout, indent=2)
     sys.stdout.write("\n")
+
+
+def print_text_table(header: list[str], rows: list[list[str]]) -> None:
+    """A table of sentences, which wrap; the first two columns do not."""
+    table = Table()
+    for index, name in enumerate(header):
+        table.add_column(name, no_wrap=index < 2)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console().print(table)
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:

@@ -25,6 +25,7 @@ from saap.resources import named_resource
 from saap.results import Result
 from saap.scores import Scores
 from saap.search import check_ratio
+from saap.serving.targets import check_config
 from saap.stages import Stages
 from saap.statistics import Statistics
 from saap.steps import COMPENSATION_OPTIONS, Recipe, prune_in_steps
@@ -112,7 +113,7 @@ class Job:
         if self.save_statistics is not None:
             refuse_existing_file(self.save_statistics, self.force)
         if self.plan_file is not None:
-            Plan.load(self.plan_file)
+            self._plan(self.plan_file)
         if self.statistics_file is not None:
             check_statistics(Statistics.load(self.statistics_file), *self.criteria)
         measured = self.plan_file is not None or self.statistics_file is not None
@@ -131,6 +132,11 @@ class Job:
         """Whether the dense model's statistics are measured here, coupled ones among them."""
         return self.statistics_file is None and self.plan_file is None and needs_coupled(*self.criteria)
 
+    def _plan(self, file: Path) -> Plan:
+        """The plan of a file; raises ValueError unless a target that is asked for takes what it leaves."""
+        plan, target = Plan.load(file), self.search_options.get("target")
+        return plan if target is None else replace(plan, settings=plan.settings | {"target": target})
+
     def recipe(self) -> Recipe:
         """How each ratio is pruned; raises ValueError for a number of steps that is none."""
         return Recipe(
@@ -144,6 +150,7 @@ class Job:
         refuse_experts(units, self.compensate, self.compensation_inputs)
         for ratio in self.ratios:
             check_ratio(units, ratio, **self.search_options)
+        check_config(self.search_options.get("target"), model.config, self.compensate)
         named_resource(self.search_options.get("resource", "parameters")).warn_of_dtype(model.dtype)
         if tokenizer is not None:
             check_tokenizer(model, tokenizer)
@@ -246,7 +253,7 @@ class Job:
     ) -> PreTrainedModel:  # fmt: skip
         """The model pruned by the plan file."""
         assert self.plan_file is not None  # a job has ratios or a plan
-        plan, found = Plan.load(self.plan_file), None
+        plan, found = self._plan(self.plan_file), None
         plan.check_model(discover(model))
         if self.compensate != "none":
             options = {name: self.calibration[name] for name in COMPENSATION_OPTIONS}

@@ -22,6 +22,7 @@ from saap.cli.options import (
     Debug,
     Dtype,
     FluctuationWeight,
+    For,
     Force,
     KeepExperts,
     LatencyDevice,
@@ -74,12 +75,13 @@ def prune(
     context: Context = 0,
     latency_table: LatencyFile = None,
     latency_device: LatencyDevice = None,
-    multiple: Multiple = 32,
+    multiple: Multiple = None,
     protect: Protect = "",
     uniform: Uniform = False,
     allow_empty: AllowEmpty = False,
     keep_experts: KeepExperts = None,
     tensor_parallel: TensorParallel = 1,
+    target: For = None,
     compensate: Compensate = "none",
     compensation_inputs: CompensationInputs = "auto",
     compensated_scores: CompensatedScores = "auto",
@@ -115,7 +117,7 @@ def prune(
         refuse_ranks("prune", "calibrate with torchrun, then prune with --statistics")
         options = search_options(
             method, fluctuation_weight, ratio_of, resource, context, latency_table, latency_device, multiple,
-            protect, uniform, allow_empty, keep_experts, tensor_parallel,
+            protect, uniform, allow_empty, keep_experts, tensor_parallel, target,
         )  # fmt: skip
         if plan is not None:
             refuse_beside_plan(criterion, options, compensated_scores)
