@@ -53,6 +53,11 @@ class ModelInfo:
     quantisation: Quantisation | None = None
 
     @property
+    def quantised(self) -> str | None:
+        """How the layers' Linears are stored, "int4 in groups of 32", say; None for plain weights."""
+        return None if self.quantisation is None else str(self.quantisation)
+
+    @property
     def uniform(self) -> bool:
         """Whether all layers have the same sizes."""
         return len(set(self.layers)) == 1
@@ -76,7 +81,7 @@ class ModelInfo:
             "removed_share": plan.ratio, "removed_share_of_blocks": plan.block_ratio, "settings": plan.settings,
         }  # fmt: skip
         own: dict[str, Any] = {"uniform": self.uniform, "tensor_parallel": list(self.tensor_parallel)}
-        own["quantisation"] = None if self.quantisation is None else asdict(self.quantisation)
+        own |= {"quantised": self.quantised}
         return values | own | {"layers": layers, "plan": made}
 
 

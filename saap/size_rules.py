@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from saap.tensor_parallel import check_devices, size_of, splits
+from saap.tensor_parallel import check_devices, check_split, described, size_of, splits
 from saap.units import LayerUnits
 
 
@@ -56,28 +56,11 @@ class SizeRule:
 
     def check(self, sizes: LayerUnits, layer: int, module: str, kept: int, why: str = "") -> None:
         """Raise ValueError, naming the layer and its sizes, unless ``allows``."""
-        if self.allows(sizes, module, kept):
-            return
-        has = described(sizes, module, kept)
-        if splits(sizes, module, kept, self.devices):
-            asker, cannot, wanted = f"target={self.target!r}", "does not take", self.wanted(sizes, module, kept)
-        else:
-            asker, cannot, wanted = f"tensor_parallel={self.devices}", "cannot split", shareable(module, self.devices)
-        raise ValueError(f"layer {layer}: {asker} {cannot} {has}{why}; expected {wanted}")
-
-
-def described(sizes: LayerUnits, module: str, kept: int) -> str:
-    """Sizes of one layer's ``module`` in words."""
-    if module == "mlp":
-        return f"{kept} channels" + (" per expert" if sizes.experts else "")
-    return f"{kept} KV heads with {sizes.group} query heads each"
-
-
-def shareable(module: str, devices: int) -> str:
-    """What ``splits`` expects, in words."""
-    if module == "mlp":
-        return f"a multiple of {devices}"
-    return f"a multiple of {devices} KV heads, or a divisor of it with query heads that are a multiple of it"
+        check_split(sizes, layer, module, kept, self.devices, why)
+        wanted = self.wanted(sizes, module, kept)
+        if wanted is not None:
+            has = described(sizes, module, kept)
+            raise ValueError(f"layer {layer}: target={self.target!r} does not take {has}{why}; expected {wanted}")
 
 
 def allowed_counts(

@@ -37,3 +37,24 @@ def device_counts(layers: Iterable[LayerUnits]) -> tuple[int, ...]:
         for devices in range(1, max(1, most) + 1)
         if all(splits(layer, module, size_of(layer, module), devices) for layer in layers for module in MODULES)
     )
+
+
+def check_split(sizes: LayerUnits, layer: int, module: str, kept: int, devices: int, why: str = "") -> None:
+    """Raise ValueError, naming the layer and its sizes, unless ``devices`` can share ``kept`` units of a module."""
+    if not splits(sizes, module, kept, devices):
+        has, wanted = described(sizes, module, kept), shareable(module, devices)
+        raise ValueError(f"layer {layer}: tensor_parallel={devices} cannot split {has}{why}; expected {wanted}")
+
+
+def described(sizes: LayerUnits, module: str, kept: int) -> str:
+    """So many units of one layer's ``module`` in words."""
+    if module == "mlp":
+        return f"{kept} channels" + (" per expert" if sizes.experts else "")
+    return f"{kept} KV heads with {sizes.group} query heads each"
+
+
+def shareable(module: str, devices: int) -> str:
+    """What ``splits`` expects, in words."""
+    if module == "mlp":
+        return f"a multiple of {devices}"
+    return f"a multiple of {devices} KV heads, or a divisor of it with query heads that are a multiple of it"

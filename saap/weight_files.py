@@ -63,7 +63,7 @@ class Quantisation:
         return {"weight_packed": [rows, words], "weight_scale": scales, "weight_shape": [2]}
 
     def __str__(self) -> str:
-        return f"{self.method}, {self.bits} bits in groups of {self.group_size}"
+        return f"int{self.bits} in groups of {self.group_size}"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -79,7 +79,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise ValueError(f"{index} is not an index of safetensors files: {error}") from error
         for name in named:
             if not isinstance(name, str) or PurePath(name).name != name or "\\" in name:
-                raise ValueError(f"{index} is not an index of safetensors files: expected names in it, got {name!r}")
+                raise ValueError(f"{index} names {name!r}; expected files of the same directory")
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{index} names {name}, which is not in {folder}")
         return [folder / name for name in named]

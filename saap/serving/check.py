@@ -20,9 +20,9 @@ from saap.serving.targets import (
     model_fault,
     target_named,
 )
-from saap.size_rules import allowed_counts, described, shareable
+from saap.size_rules import allowed_counts
 from saap.stored_weight import METHOD
-from saap.tensor_parallel import check_devices, size_of, splits
+from saap.tensor_parallel import check_devices, described, shareable, size_of, splits
 from saap.units import MODULES, LayerUnits
 
 GGUF = "--gguf"

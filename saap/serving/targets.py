@@ -189,8 +189,8 @@ def model_fault(target: Target, units: Units, *, uniform: bool) -> tuple[str, st
     if mixture and target.mixtures == "none":
         return f"no mixture of experts, got {family}", instead
     if first.hidden_size % target.hidden_multiple:
-        needed = f"hidden sizes that are multiples of {target.hidden_multiple}, got {first.hidden_size}"
-        return needed, "quantised rows are whole groups; use target transformers or vllm"
+        needed = f"hidden sizes that are multiples of {target.hidden_multiple}, got hidden size {first.hidden_size}"
+        return needed, "use a type with smaller blocks, or target transformers or vllm"
     biases = sorted({part for layer in units.layers for part in layer.biases})
     if family in target.unbiased and biases:
         return f"a {family} without biases, got them in {', '.join(biases)}", instead
@@ -225,5 +225,8 @@ def config_fault(target: Target, config: Any) -> tuple[str, str] | None:
 
 
 def is_tied(units: Units) -> bool:
-    """Whether the output head is the input embedding: outside of the layers there is no room for both."""
+    """Whether the output head is the input embedding: outside of the layers there is no room for both.
+
+    Not for models with learned positions (OPT), which are outside of the layers too.
+    """
     return 0 < units.total_parameters - units.block_parameters < 2 * units.head_parameters
