@@ -142,7 +142,7 @@ def _stored(model: PreTrainedModel, quantised: Quantisation, wanted: Shapes) -> 
     needed, wanted = {}, dict(wanted)
     for name, shape in _linears(model).items():
         module = name.removesuffix(".weight")
-        if quantised.keeps(module):
+        if quantised.keeps(module) or 0 in shape:  # nothing is left of it
             needed[name] = shape
             continue
         del wanted[name]

@@ -140,6 +140,7 @@ def _of_module(
         can = ", ".join(map(str, info.tensor_parallel))
         remedy = f"--tensor-parallel {can}, or {again} --tensor-parallel {devices}"
         yield Finding(index, module, described(sizes, module, kept), shareable(module, devices), remedy)
+        return
     wanted = rule.wanted(sizes, module, kept)
     if wanted is None:
         return
