@@ -20,6 +20,7 @@ from saap.prune import PruneResult, prune
 from saap.report import report
 from saap.scores import Scores
 from saap.search import search
+from saap.serving.check import Check, check
 from saap.statistics import Statistics
 from saap.stream import Streaming
 from saap.units import Units, discover, unit_masks
@@ -30,6 +31,7 @@ register_template_classes()
 __all__ = [
     "CRITERIA",
     "Accelerated",
+    "Check",
     "Compensation",
     "Evaluation",
     "Family",
@@ -44,6 +46,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "calibrate",
+    "check",
     "collect",
     "compact",
     "compensated_scores",

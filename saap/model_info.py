@@ -17,7 +17,9 @@ from saap.plan import Plan
 from saap.report import REPORT_FILE
 from saap.tensor_parallel import device_counts
 from saap.units import LayerUnits, Units, discover
-from saap.weight_files import Quantisation, check_weights, weight_files
+from saap.weight_headers import Quantisation, check_weights
+
+WEIGHT_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,29 @@ def model_info(path: str | os.PathLike[str]) -> ModelInfo:
         config=config,
         quantisation=quantisation,
     )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the checkpoint: those that its index names, or all there are.
+
+    Raises FileNotFoundError for missing ones and ValueError for an index that is none, or that leaves ``folder``.
+    """
+    index = folder / WEIGHT_INDEX
+    if index.is_file():
+        try:
+            named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index} is not an index of safetensors files: {error}") from error
+        for name in named:
+            if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+                raise ValueError(f"{index} names {name!r}; expected files of the same directory")
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{index} names {name}, which is not in {folder}")
+        return [folder / name for name in named]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"expected .safetensors weights in {folder}, found none")
+    return files
 
 
 def _quantisation(config: Path) -> Quantisation | None:

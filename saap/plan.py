@@ -73,7 +73,8 @@ class Plan:
             rule.check(sizes, index, "attention", len(layer.kv_heads))
             rule.check(sizes, index, "mlp", layer.width)
         if target is not None:
-            check_model(target, self.units, uniform=self.uniform)
+            alike = len({(layer.width, len(layer.experts)) for layer in self.layers}) == 1
+            check_model(target, self.units, uniform=self.uniform, alike=alike)
         for index in self.units.anchors:
             if self.units.layers[index].kv_heads and not self.layers[index].kv_heads:
                 raise ValueError(

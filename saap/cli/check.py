@@ -50,15 +50,20 @@ def _print_all(found: list[Check], as_json: bool) -> None:
     if as_json:
         console.print_json([each.to_dict() for each in found])
         return
+    rows = [[each.target, "valid" if each.valid else "not valid", _why_not(each)] for each in found]
+    console.print_text_table(["target", "", "why not"], rows)
     for each in found:
-        faults = [finding for finding in each.findings if finding.fault]
-        typer.echo(f"{each.target}: {'valid' if each.valid else 'not valid'}")
-        if faults:
-            first, more = faults[0], len(faults) - 1
-            where = "" if first.layer is None else f"layer {first.layer}: "
-            typer.echo(f"  {where}{first.found}; expected {first.needed}" + (f" (and {more} more)" if more else ""))
-        else:
-            typer.echo(f"  {each.command}")
+        if each.valid:
+            typer.echo(f"serve for {each.target}: {each.command}")
+
+
+def _why_not(found: Check) -> str:
+    faults = [finding for finding in found.findings if finding.fault]
+    if not faults:
+        return ""
+    first, more = faults[0], f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    where = "" if first.layer is None else f"layer {first.layer}: "
+    return f"{where}{first.found}; expected {first.needed}{more}"
 
 
 def _print_one(found: Check, as_json: bool) -> None:
@@ -74,6 +79,7 @@ def _print_one(found: Check, as_json: bool) -> None:
     faults = sum(finding.fault for finding in found.findings)
     what = f"not valid, {faults} finding{'s' if faults > 1 else ''}" if faults else "valid"
     typer.echo(f"{found.target}: {what}")
+    typer.echo(f"for: {found.title}")
     typer.echo(f"{'serve' if found.valid else 'once valid, serve'}: {found.command}")
     typer.echo(f"needs: {'; '.join(found.needs)}")
 

@@ -105,7 +105,9 @@ def check_info(info: ModelInfo, target: Target, devices: int, kind: str | None) 
 
 
 def _of_model(info: ModelInfo, target: Target) -> Iterator[Finding]:
-    for fault in (model_fault(target, info.units, uniform=info.uniform), config_fault(target, info.config)):
+    alike = len({(layer.intermediate_size, layer.experts) for layer in info.layers}) == 1
+    of_sizes = model_fault(target, info.units, uniform=info.uniform, alike=alike)
+    for fault in (of_sizes, config_fault(target, info.config)):
         if fault is not None:
             needed, _, found = fault[0].partition(", got ")
             yield Finding(None, "model", found or "layers of different sizes", needed, fault[1])

@@ -27,9 +27,9 @@ class Target:
     ``multiple`` divides every MLP width (of each expert, on each device) and ``row_multiple`` query heads * head_dim,
     the rows of down and of o that pruning shortens; ``hidden_multiple`` the rows of all other projections, which it
     does not. ``empty``: layers may lack their attention or MLP. ``families`` are those it takes, None for all that
-    SAAP knows; of them ``uniform`` ones with one size for all layers only, ``tied`` ones so too unless their head is
-    the input embedding, ``unbiased`` ones without any bias, and all with one of ``activations`` in their MLP.
-    ``mixtures`` of experts: "any", "uniform" or "none". ``types`` are those of weights that can be asked for.
+    SAAP knows; of them ``tied`` ones with one size for all layers only, unless their head is the input embedding,
+    ``unbiased`` ones without any bias, and all with one of ``activations`` in their MLP. ``mixtures`` of experts:
+    "any", "uniform" (equally many of one width in all layers) or "none". ``types`` of weights can be asked for.
     ``needs`` are versions, ``instead`` names the targets that take what this one refuses.
     """
 
@@ -169,18 +169,18 @@ def constraints(
     return (math.lcm(MULTIPLE, row.multiple) if multiple is None else multiple), rule
 
 
-def check_model(target: str, units: Units, *, uniform: bool) -> None:
+def check_model(target: str, units: Units, *, uniform: bool, alike: bool = False) -> None:
     """Raise ValueError, saying what to do instead, for a model that ``target`` cannot take at these or other sizes.
 
-    ``uniform`` says that all its layers have one size, or will have.
+    ``uniform`` says that all its layers have one size, or will have, ``alike`` that at least their experts have.
     """
-    fault = model_fault(target_named(target), units, uniform=uniform)
+    fault = model_fault(target_named(target), units, uniform=uniform, alike=alike)
     if fault is not None:
         raise ValueError(f"target={target!r} takes {fault[0]}: {fault[1]}")
 
 
-def model_fault(target: Target, units: Units, *, uniform: bool) -> tuple[str, str] | None:
-    """(what the target takes and what came, what to do instead), or None where it takes the model."""
+def model_fault(target: Target, units: Units, *, uniform: bool, alike: bool = False) -> tuple[str, str] | None:
+    """(what the target takes and what came, what to do instead), None where it takes the model; see ``check_model``."""
     family, first = units.family, units.layers[0]
     instead = f"use target {target.instead}"
     mixture = any(layer.experts for layer in units.layers)
@@ -196,8 +196,9 @@ def model_fault(target: Target, units: Units, *, uniform: bool) -> tuple[str, st
         return f"a {family} without biases, got them in {', '.join(biases)}", instead
     if uniform:
         return None
-    if mixture and target.mixtures == "uniform":
-        return f"a {family} with one size for all layers only", f"give uniform=True (--uniform), or {instead}"
+    if mixture and target.mixtures == "uniform" and not alike:
+        needed = f"a {family} with equally many experts of one width in all layers only"
+        return needed, f"give uniform=True (--uniform), or {instead}"
     if family in target.tied and not is_tied(units):
         needed = f"a {family} whose head is not its input embedding with one size for all layers only"
         return needed, f"give uniform=True (--uniform), or {instead}"

@@ -134,6 +134,18 @@ def test_layers_that_differ_where_one_size_is_needed(tmp_path) -> None:
     assert check(saved(tmp_path / "t", ALIGNED, "qwen3", tie_word_embeddings=True, **options), "llama.cpp").valid
 
 
+@pytest.mark.parametrize("target", ["vllm", "gpu"])
+def test_experts_must_be_alike_where_heads_need_not(tmp_path, target: str) -> None:
+    for name, widths in (("alike", (128, 128, 128)), ("other", (128, 128, 256))):
+        model = tiny_model("mixtral", torch.float32, intermediate_size=256, num_key_value_heads=8)
+        units = discover(model)
+        experts = [tuple(e * 256 + channel for e in range(4) for channel in range(width)) for width in widths]
+        layers = tuple(LayerPlan(tuple(range(8 // (i % 2 + 1))), channels) for i, channels in enumerate(experts))
+        saap.save(saap.compact(model, Plan(units, layers)), tmp_path / name)
+        rows = [(1, "attention")] if target == "gpu" else []  # of 4 heads of 8
+        assert faults(check(tmp_path / name, target)) == ([(None, "model")] if name == "other" else []) + rows
+
+
 def test_what_runs_at_a_cost_is_said_and_valid(tmp_path) -> None:
     model = wide_model("llama", intermediate_size=512)
     saap.save(model, tmp_path / "m")
@@ -275,7 +287,7 @@ def test_damaged_directories_are_errors_not_findings(tmp_path) -> None:
     told = "expected model.layers.2.self_attn.o_proj.weight of shape [64, 64], found none"
     assert told in message(folder, "--for", "llama.cpp")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../m/model.safetensors"}}))
-    assert "names '../m/model.safetensors'; expected files of the same directory" in message(folder)
+    assert "'../m/model.safetensors'" in message(folder)
 
 
 def test_files_without_the_name_of_their_head_s_body_are_complete(tmp_path) -> None:
@@ -303,11 +315,13 @@ def test_the_command_says_yes_no_or_error_by_its_exit_code(tmp_path) -> None:
 
 def test_without_a_target_all_are_listed(tmp_path) -> None:
     folder = saved(tmp_path / "m", [(4, 96), (3, 97), (2, 64)])
-    lines = run("check", folder).stdout.splitlines()
-    verdicts = dict(line.split(": ") for line in lines if not line.startswith(" "))
+    told = run("check", folder).stdout
+    cells = [[cell.strip() for cell in line.split("│")[1:3]] for line in told.splitlines() if line.startswith("│")]
+    verdicts = {name: verdict for name, verdict in cells if name}
     assert verdicts == {"transformers": "valid", "vllm": "valid"} | dict.fromkeys(
         ("llama.cpp", "edge", "gpu"), "not valid"
     )
+    assert f"serve for vllm: vllm serve {folder}" in told and "serve for edge" not in told
     found = json.loads(run("check", folder, "--json").stdout)
     assert [each["target"] for each in found] == list(TARGETS)
     assert [each["valid"] for each in found] == [each.valid for each in check_all(folder)]

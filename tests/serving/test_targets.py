@@ -219,7 +219,7 @@ def test_stricter_options_are_kept() -> None:
     [
         ("gemma2", {}, {"target": "llama.cpp"}, "takes llama, mistral, qwen2, qwen3, got gemma2: use target trans"),
         ("mixtral", {}, {"target": "edge"}, "takes no mixture of experts, got mixtral: use target transformers"),
-        ("mixtral", {}, {"target": "vllm"}, "a mixtral with one size for all layers only: give uniform=True"),
+        ("mixtral", {}, {"target": "vllm"}, "a mixtral with equally many experts of one width in all layers only"),
         ("qwen3", {"tie_word_embeddings": False}, {"target": "llama.cpp"},
          "a qwen3 whose head is not its input embedding with one size for all layers only: give uniform=True"),
         ("qwen3", {"attention_bias": True}, {"target": "llama.cpp"}, "a qwen3 without biases, got them in k, o, q, v"),

@@ -1,8 +1,7 @@
-"""The safetensors files of a model directory, by their headers alone: what they hold and whether it is the model's."""
+"""What safetensors files hold, by their headers alone, and whether it is all that a model needs, quantised or not."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from transformers import PreTrainedModel
 from saap.families import family_of, layers_of
 from saap.stored_weight import METHOD, stored_shapes
 
-WEIGHT_INDEX = "model.safetensors.index.json"
 EXPERTS = ".experts."  # in the names of their tensors, in files and in models
 Shapes = dict[str, list[int]]
 
@@ -64,29 +62,6 @@ class Quantisation:
 
     def __str__(self) -> str:
         return f"int{self.bits} in groups of {self.group_size}"
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the checkpoint: those that its index names, or all there are.
-
-    Raises FileNotFoundError for missing ones and ValueError for an index that is none, or that leaves ``folder``.
-    """
-    index = folder / WEIGHT_INDEX
-    if index.is_file():
-        try:
-            named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{index} is not an index of safetensors files: {error}") from error
-        for name in named:
-            if not isinstance(name, str) or PurePath(name).name != name or "\\" in name:
-                raise ValueError(f"{index} names {name!r}; expected files of the same directory")
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{index} names {name}, which is not in {folder}")
-        return [folder / name for name in named]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"expected .safetensors weights in {folder}, found none")
-    return files
 
 
 def check_weights(files: list[Path], model: PreTrainedModel, quantised: Quantisation | None) -> dict[str, int]:
