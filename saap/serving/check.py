@@ -99,9 +99,17 @@ def check_info(info: ModelInfo, target: Target, devices: int, kind: str | None) 
     command = _command(info, target, devices, kind)
     needs = TARGETS["llama.cpp"].needs if GGUF in command else target.needs
     needs = tuple(_with_installed(need) for need in needs)
-    if info.layout == "template" and GGUF not in command:
-        needs += ("saap beside it, or trust_remote_code",)
+    if GGUF not in command:
+        needs += _needs_of_files(info)
     return Check(target.name, target.title, tuple(findings), command, needs)
+
+
+def _needs_of_files(info: ModelInfo) -> tuple[str, ...]:
+    """What has to be installed for the layout and the weights of a directory."""
+    if info.quantisation is not None and info.quantisation.method == METHOD:
+        return ("saap beside it",)  # its kernels
+    needs = ("saap beside it, or trust_remote_code",) if info.layout == "template" else ()
+    return needs if info.quantisation is None else (*needs, _with_installed(info.quantisation.method))
 
 
 def _of_model(info: ModelInfo, target: Target) -> Iterator[Finding]:

@@ -229,6 +229,8 @@ def test_compressed_tensors_need_whole_groups(tmp_path) -> None:
     assert check(ours, "vllm").valid  # the last group may be shorter
     assert (2, "mlp") in faults(check(ours, "vllm", tensor_parallel=1 + 1))  # but not in the middle of a row
     assert check(ours, "transformers").command == f"saap serve {ours}"
+    assert check(ours, "vllm").needs[-1] == "saap beside it"
+    assert check(folder, "vllm").needs[-1].startswith("compressed-tensors (here: ")
 
 
 def test_quantised_directories_are_not_for_llama_cpp(tmp_path) -> None:
