@@ -97,7 +97,7 @@ def model_info(path: str | os.PathLike[str]) -> ModelInfo:
     folder = Path(path)
     model = skeleton(folder)
     config, units = model.config, discover(model)
-    files = _weight_files(folder)
+    files = weight_files(folder)
     stored = _check_weights(files, model)
     plan_file = folder / PLAN_FILE
     cost = cost_of(model, context=0)
@@ -126,7 +126,7 @@ def model_info(path: str | os.PathLike[str]) -> ModelInfo:
 EXPERTS = ".experts."  # in the names of their tensors, in files and in models
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the checkpoint: those that its index names, or all there are."""
     index = folder / WEIGHT_INDEX
     if index.is_file():
@@ -135,6 +135,8 @@ def _weight_files(folder: Path) -> list[Path]:
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{index} is not an index of safetensors files: {error}") from error
         for name in named:
+            if Path(name).name != name:
+                raise ValueError(f"{index} names {name!r}; expected files of the same directory")
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{index} names {name}, which is not in {folder}")
         return [folder / name for name in named]
