@@ -18,7 +18,11 @@ FILE_TYPES = {
     "f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q5_0": "MOSTLY_Q5_0",
     "q5_1": "MOSTLY_Q5_1", "q4_0": "MOSTLY_Q4_0", "q4_1": "MOSTLY_Q4_1",
 }  # fmt: skip
-ROPES = ("default", "linear", "llama3")
+ROPES = {  # and the parameters that each needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 FACTORS_IN = ("llama", "deci")  # the architectures that read rope_freqs
 
 
@@ -33,6 +37,9 @@ def rope_of(config: PreTrainedConfig) -> dict[str, Any]:
         raise ValueError(
             f"expected rotary embeddings of one of the kinds {', '.join(ROPES)}; got rope_type {values['rope_type']!r}"
         )
+    lacking = [name for name in ROPES[values["rope_type"]] if name not in values]
+    if lacking:
+        raise ValueError(f"rotary embeddings of rope_type {values['rope_type']!r} need {', '.join(lacking)}")
     if values.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
             f"llama.cpp turns whole heads of these models; got partial_rotary_factor {values['partial_rotary_factor']}"

@@ -102,10 +102,13 @@ def vocabulary_of(folder: Path, config: PreTrainedConfig) -> Vocabulary:
 
 
 def _load(folder: Path) -> PreTrainedTokenizerFast:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # tokenizers raises Exception itself for damaged files
-        raise ValueError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        try:
+            json.loads(file.read_text(encoding="utf-8"))["model"]["type"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is not a tokenizer: {error}") from error
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{folder}: expected a tokenizer that tokenizer.json can hold, got {type(tokenizer).__name__}")
     return tokenizer
@@ -128,6 +131,7 @@ def _tokens(tokenizer: PreTrainedTokenizerFast, size: int, pieces: bool) -> tupl
             kind = gguf.TokenType.UNKNOWN
         elif index in added:
             kind = gguf.TokenType.CONTROL if added[index].special else gguf.TokenType.USER_DEFINED
+            token = token if added[index].special or not pieces else token.replace(SPACE, " ")  # found in plain text
         elif pieces and len(token) == 6 and token.startswith("<0x"):
             kind = gguf.TokenType.BYTE
         tokens.append(token)
