@@ -49,6 +49,7 @@ class _Model:
     context: int
     vocabulary: Vocabulary | None
     files: Sequence[Path]
+    shapes: dict[str, tuple[int, ...]]
 
 
 def export_gguf(
@@ -75,7 +76,7 @@ def export_gguf(
     _refuse_target(target, force)
     _require_gguf()
     model = _checked(source, kind, tell or (lambda text: warnings.warn(text, stacklevel=3)))
-    with opened(model.files) as weights:
+    with opened(model.files, model.shapes) as weights:
         tensors = entries(weights, model.architecture, model.layers, model.tied, kind)
         _refuse_without_space(target, tensors)
         with _written_whole(target) as file:
@@ -134,6 +135,7 @@ def _checked(folder: Path, kind: str, tell: Callable[[str], None]) -> _Model:
         context=context_of(config, tell),
         vocabulary=vocabulary,
         files=weight_files(folder),
+        shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
     )
 
 

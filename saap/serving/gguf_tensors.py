@@ -51,23 +51,28 @@ class Entry:
 
 
 class Weights:
-    """The tensors of safetensors files, read one at a time."""
+    """The tensors of safetensors files, read one at a time; ``wanted`` are those of the model and their shapes."""
 
-    def __init__(self, files: Mapping[str, Path], handles: Mapping[Path, Any]) -> None:
-        self._files, self._handles = files, handles
+    def __init__(
+        self, files: Mapping[str, Path], handles: Mapping[Path, Any], wanted: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        self._files, self._handles, self.wanted = files, handles, wanted
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the file's header; ValueError for missing tensors and other dtypes than floats."""
+        """Shape of a tensor, from its file's header; ValueError where it is missing, of other shape or no floats."""
         if name not in self._files:
             raise ValueError(f"expected a tensor {name} in the safetensors files, found none")
         piece = self._handles[self._files[name]].get_slice(name)
         if piece.get_dtype() not in FLOATS:
             raise ValueError(f"expected {name} of one of {', '.join(FLOATS)}, got {piece.get_dtype()}")
-        return tuple(piece.get_shape())
+        shape = tuple(piece.get_shape())
+        if shape != self.wanted[name]:
+            raise ValueError(f"{self._files[name]}: expected {name} of shape {self.wanted[name]}, got {shape}")
+        return shape
 
     def read(self, name: str) -> NDArray[np.float32]:
         """A tensor in fp32; raises ValueError for NaN and inf."""
@@ -81,7 +86,7 @@ class Weights:
 
 
 @contextmanager
-def opened(files: Sequence[Path]) -> Iterator[Weights]:
+def opened(files: Sequence[Path], wanted: Mapping[str, tuple[int, ...]]) -> Iterator[Weights]:
     """The weights of ``files``, mapped while the context is open; ValueError for damaged files."""
     with ExitStack() as stack:
         handles: dict[Path, Any] = {}
@@ -92,7 +97,7 @@ def opened(files: Sequence[Path]) -> Iterator[Weights]:
                 found |= dict.fromkeys(handles[file].keys(), file)
             except SafetensorError as error:
                 raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
-        yield Weights(found, handles)
+        yield Weights(found, handles, wanted)
 
 
 def entries(
@@ -120,7 +125,7 @@ def entries(
             heads = {"attn_q": layer.query_heads, "attn_k": layer.kv_heads}.get(name, 0)
             for tensor in ("weight", "bias"):
                 source = f"{prefix}{path}.{tensor}"
-                if source in weights.names or (tensor == "weight" and _always(path)):
+                if source in weights.wanted:
                     turned = heads if architecture.neighbours else 0
                     found.append(entry(f"blk.{index}.{name}.{tensor}", source, heads=turned))
     found.append(entry(NORM, "model.norm.weight"))
@@ -131,11 +136,6 @@ def entries(
     if unknown:
         raise ValueError(f"llama.cpp's {architecture.name} has no place for the tensor {unknown[0]}")
     return found
-
-
-def _always(path: str) -> bool:
-    """Whether every family has it; the norms of q and k are Qwen3's, whose configuration has no say in it."""
-    return path not in ("self_attn.q_norm", "self_attn.k_norm")
 
 
 def neighbours(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:

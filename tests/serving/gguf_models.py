@@ -43,7 +43,7 @@ def model_of(family: str, kept: Sequence[tuple[int, int]] = ALL, **overrides) ->
 
 def saved(folder: Path, family: str, kept: Sequence[tuple[int, int]] = ALL, tokenizer=None, **overrides) -> Path:
     """The directory of ``model_of``, written by ``saap.save``."""
-    saap.save(model_of(family, kept, **overrides), folder, tokenizer=tokenizer)
+    saap.save(model_of(family, kept, **overrides), folder, tokenizer=tokenizer, force=True)
     return folder
 
 
