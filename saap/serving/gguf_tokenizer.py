@@ -84,7 +84,7 @@ def vocabulary_of(folder: Path, config: PreTrainedConfig) -> Vocabulary:
     add = _added(tokenizer, folder)
     if pieces:
         add["space"] = _space_prefix(backend, folder)
-        notes += _incomplete(model["vocab"], merges)
+        notes += _other_spaces(backend) + _incomplete(model["vocab"], merges)
     else:
         notes += _normalizer(backend, folder)
     return Vocabulary(
@@ -238,6 +238,15 @@ def _space_prefix(backend: Mapping[str, Any], folder: Path) -> bool:
             f"{json.dumps(words)}"
         )
     return words["prepend_scheme"] != "never" if meta else bool(before)
+
+
+def _other_spaces(backend: Mapping[str, Any]) -> list[str]:
+    """Notes where Metaspace, which SentencePiece's own way is not, puts no space and llama.cpp does."""
+    words = backend["pre_tokenizer"]
+    if words is None or words["prepend_scheme"] == "never":
+        return []
+    places = " or after a special token" * (words["prepend_scheme"] == "first")
+    return [f"llama.cpp puts a space before all text; this tokenizer none before one that begins with a space{places}"]
 
 
 def _scores(tokens: Sequence[str], merges: Sequence[Sequence[str]]) -> list[float]:

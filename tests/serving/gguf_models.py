@@ -1,5 +1,6 @@
 """Models for the tests of GGUF files: tiny, random, with rows of whole blocks, and tokenizers with merges."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,6 +89,13 @@ def sentencepiece_tokenizer(size: int = VOCABULARY) -> PreTrainedTokenizerFast:
     )
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     return _with_bos(tokenizer, unk_token="<unk>")
+
+
+def of_class(kind: type[PreTrainedTokenizerFast], learnt: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """transformers' own tokenizer class over the vocabulary and merges of another tokenizer."""
+    model = json.loads(learnt.backend_tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    return kind(vocab=model["vocab"], merges=merges, bos_token="<s>", eos_token="</s>", unk_token=model["unk_token"])
 
 
 def _with_bos(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:

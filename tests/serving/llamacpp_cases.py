@@ -15,7 +15,7 @@ import pytest
 import torch
 from openai import OpenAI
 from tokenizers import pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 import saap
 from benchmarks.common import SMALL_MODEL
@@ -30,6 +30,7 @@ from tests.serving.gguf_models import (
     UNIFORM,
     VOCABULARY,
     byte_level_tokenizer,
+    of_class,
     saved,
     sentencepiece_tokenizer,
     splitting,
@@ -91,6 +92,7 @@ def test_logits_are_transformers_own(tmp_path, family, kept, overrides, architec
     np.testing.assert_array_equal(found.logits[0].argmax(-1)[clear], expected.argmax(-1)[clear])
 
 
+@pytest.mark.filterwarnings("ignore:.*(NFC|puts a space)")
 @pytest.mark.parametrize(
     "tokenizer",
     [
@@ -107,6 +109,8 @@ def test_logits_are_transformers_own(tmp_path, family, kept, overrides, architec
         pytest.param(lambda: byte_level_tokenizer(splitting(QWEN2)), id="qwen2"),
         pytest.param(lambda: byte_level_tokenizer(splitting(TEKKEN), ignore_merges=True), id="tekken"),
         pytest.param(sentencepiece_tokenizer, id="sentencepiece"),
+        pytest.param(lambda: of_class(LlamaTokenizer, sentencepiece_tokenizer()), id="LlamaTokenizer"),
+        pytest.param(lambda: of_class(Qwen2Tokenizer, byte_level_tokenizer(splitting(QWEN2))), id="Qwen2Tokenizer"),
     ],
 )
 def test_text_is_tokenised_alike(tmp_path, tokenizer) -> None:
@@ -115,6 +119,8 @@ def test_text_is_tokenised_alike(tmp_path, tokenizer) -> None:
     file = export_gguf(folder, tmp_path / "x.gguf", "f16")
     report = (SMALL_MODEL / "report.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in report] + TRICKY
+    if isinstance(made, LlamaTokenizer):  # where its spaces differ is told, see test_gguf_tokenizer
+        texts = [text for text in texts if text.strip() and not text.startswith(" ") and "<s>" not in text]
     found = ask(file, texts=texts, special=True)
     assert found.tokens == [made(text)["input_ids"] for text in texts]
 

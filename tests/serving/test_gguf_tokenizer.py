@@ -106,6 +106,18 @@ def test_sentencepieces_tokenizer_with_metaspace(tmp_path) -> None:
     assert exported(tmp_path, tokenizer)["ggml.add_space_prefix"] is False
 
 
+@pytest.mark.parametrize(
+    "scheme, told", [("first", "begins with a space or after a special"), ("always", "with a space$")]
+)
+def test_spaces_that_llama_cpp_puts_beyond_the_tokenizers_are_told(tmp_path, scheme, told) -> None:
+    tokenizer = sentencepiece_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    with pytest.warns(UserWarning, match=told):
+        assert exported(tmp_path, tokenizer)["ggml.add_space_prefix"] is True
+
+
 def test_merges_that_llama_cpp_would_make_beyond_the_tokenizers_are_told(tmp_path) -> None:
     tokenizer = sentencepiece_tokenizer()
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
