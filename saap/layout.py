@@ -153,6 +153,20 @@ def _sizes(config: PreTrainedConfig, family: Family) -> list[tuple[int, int]]:
     return [(getattr(c, family.query_heads_attribute), getattr(c, kv_name)) for c in per_layer]
 
 
+def sizes_by_layer(config: PreTrainedConfig, family: Family) -> list[dict[str, int]]:
+    """Of every layer what a configuration states: kv_heads, query_heads, intermediate_size, and experts of mixtures."""
+    per_layer = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
+    heads = zip(_sizes(config, family), per_layer, strict=True)
+    found = [
+        {"kv_heads": kv, "query_heads": query, "intermediate_size": getattr(own, family.intermediate_size_attribute)}
+        for (query, kv), own in heads
+    ]
+    if family.experts_attribute is not None:
+        for sizes, own in zip(found, per_layer, strict=True):
+            sizes["experts"] = getattr(own, _own_name(config, family.experts_attribute))
+    return found
+
+
 def _attributes(config: PreTrainedConfig, family: Family, sizes: LayerUnits) -> dict[str, int]:
     values = {
         family.query_heads_attribute: sizes.query_heads,

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from saap.checkpoint import PLAN_FILE
+from saap.checkpoint_files import PLAN_FILE, check_directory, weight_files
 from saap.cost import cost_of
 from saap.layout import is_template
 from saap.opening import has_tokenizer
@@ -18,8 +18,6 @@ from saap.plan import Plan
 from saap.report import REPORT_FILE
 from saap.tensor_parallel import device_counts
 from saap.units import LayerUnits, discover
-
-WEIGHT_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -77,12 +75,8 @@ class ModelInfo:
 
 
 def skeleton(folder: Path) -> PreTrainedModel:
-    """The model of a directory without weights, all on the meta device; errors as ``model_info``."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"expected a local model directory, found none at {folder}")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"expected a model directory with config.json, found none in {folder}")
-    config = AutoConfig.from_pretrained(folder)
+    """The model of a directory without weights, all on the meta device; errors as ``check_directory``."""
+    config = check_directory(folder)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
 
@@ -97,7 +91,7 @@ def model_info(path: str | os.PathLike[str]) -> ModelInfo:
     folder = Path(path)
     model = skeleton(folder)
     config, units = model.config, discover(model)
-    files = _weight_files(folder)
+    files = weight_files(folder)
     stored = _check_weights(files, model)
     plan_file = folder / PLAN_FILE
     cost = cost_of(model, context=0)
@@ -124,24 +118,6 @@ def model_info(path: str | os.PathLike[str]) -> ModelInfo:
 
 
 EXPERTS = ".experts."  # in the names of their tensors, in files and in models
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the checkpoint: those that its index names, or all there are."""
-    index = folder / WEIGHT_INDEX
-    if index.is_file():
-        try:
-            named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{index} is not an index of safetensors files: {error}") from error
-        for name in named:
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{index} names {name}, which is not in {folder}")
-        return [folder / name for name in named]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"expected .safetensors weights in {folder}, found none")
-    return files
 
 
 def _check_weights(files: list[Path], model: PreTrainedModel) -> dict[str, int]:
