@@ -46,7 +46,7 @@ def weight_files(folder: Path) -> list[Path]:
         if not files:
             raise _without_weights(folder)
         return files
-    named = read_object(index).get("weight_map")
+    named = read_object(index, "an index of safetensors files").get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
         raise ValueError(f"{index} is not an index of safetensors files: expected a weight_map with names of files")
     names = sorted(set(named.values()))
@@ -93,14 +93,14 @@ def check_plan(plan: Plan, config: PreTrainedConfig, file: str | os.PathLike[str
                 )
 
 
-def read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path, what: str = "a JSON object") -> dict[str, Any]:
     """A JSON object; ValueError naming the file for anything else."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+        raise ValueError(f"{file} is not {what}: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(values).__name__}")
+        raise ValueError(f"{file} is not {what}: it holds a {type(values).__name__}")
     return values
 
 

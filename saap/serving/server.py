@@ -51,7 +51,7 @@ def serve(
     folder = Path(path)
     if bits is not None and not accelerate:
         raise ValueError(f"bits={bits} quantises for our kernels: it needs accelerate (--accelerate)")
-    with _bound(host, port) as listener:
+    with bound(host, port) as listener:
         served = open_served(folder, name, dtype, accelerate=accelerate, bits=bits)
         _run(served, listener, host, say)
 
@@ -76,7 +76,7 @@ def open_served(
 
 
 @contextmanager
-def _bound(host: str, port: int) -> Iterator[socket.socket]:
+def bound(host: str, port: int) -> Iterator[socket.socket]:
     """A socket that has the port but does not listen yet: clients are refused until the model is there."""
     if not 0 <= port < 2**16:
         raise ValueError(f"port: expected 0 to 65535, got {port}")
@@ -91,7 +91,7 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
             listener.bind(address)
         except OSError as error:
             raise OSError(
-                f"cannot listen on {host} port {port}: {error.strerror}; --port 0 takes a free one"
+                f"cannot listen on {host}, port {port}: {error.strerror}; --port 0 takes a free one"
             ) from error
         yield listener
 

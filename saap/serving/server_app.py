@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import time
 import uuid
 from collections.abc import Coroutine
@@ -22,7 +23,10 @@ from saap.serving.server_generation import OneModel, adjust, context_length, cut
 from saap.serving.server_requests import ASKED, CHAT, COMPLETION, Asked, Refused, check_request
 from saap.serving.server_stream import openai_stream
 
+GENERATION_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 CLIENT_GONE = 499  # nginx's code; nobody is there to read it
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -165,9 +169,12 @@ def _answer_errors(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         return _error(f"{request.method} {request.url.path}: {error.detail}", error.status_code)
 
-    @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:
+        _log.error("a request failed", exc_info=error)
         return _error(f"{type(error).__name__}: {error}", 500)
+
+    for kind in GENERATION_ERRORS:  # a handler of Exception itself would close the connection behind the answer
+        app.add_exception_handler(kind, failed)
 
 
 def _error(message: str, status: int, field: str | None = None, code: str | None = None) -> JSONResponse:
