@@ -16,6 +16,7 @@ from saap.checkpoint_files import PLAN_FILE, check_directory
 from saap.compact import PLAN_ATTRIBUTE
 from saap.families import Family, family_of, is_mixture
 from saap.layout import LAYOUTS, adopt, describe_as_mistral, describe_as_stock, describe_as_template, is_template
+from saap.peft_targets import register_peft_targets
 from saap.plan import Plan
 from saap.refuse import refuse_unsupported
 from saap.units import Units, discover
@@ -81,6 +82,7 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype | str | None = None) -
         check_directory(folder)
     elif folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith("."):
         raise FileNotFoundError(f"no such model directory: {path}")
+    register_peft_targets()
     model = _checked_model(path, {} if dtype is None else {"dtype": dtype})
     if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")  # sdpa leaves the softcap out; transformers 5.17 takes it all the same
