@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from saap.card import model_card
+from saap.card import Made, model_card
 from saap.checkpoint_files import PLAN_FILE, check_directory
 from saap.compact import PLAN_ATTRIBUTE
 from saap.families import Family, family_of, is_mixture
@@ -32,6 +32,7 @@ def save(
     force: bool = False,
     plan: Plan | None = None,
     also: Callable[[Path], None] | None = None,
+    made: Made | None = None,
 ) -> None:
     """Write ``model`` as a Hugging Face directory with safetensors, plan and model card.
 
@@ -39,7 +40,7 @@ def save(
     "template" writes per-layer sizes and the two template files, for ``import saap`` or
     ``trust_remote_code=True``; "auto" prefers stock. The plan is the one ``compact`` applied, unless given.
     The directory appears at once, complete; ``force`` replaces an existing one only then. ``also`` is called
-    with it before that, to write more files into it.
+    with it before that, to write more files into it. ``made`` is what the card tells beside the plan.
 
     Raises FileExistsError before any work, and ValueError when a stock layout cannot express the sizes.
     """
@@ -56,7 +57,8 @@ def save(
             tokenizer.save_pretrained(folder)
         if plan is not None:
             plan.save(folder / PLAN_FILE)
-        (folder / "README.md").write_text(model_card(described, units, plan, __version__), encoding="utf-8")
+        card = model_card(described, units, plan, __version__, made or Made(base=model.name_or_path))
+        (folder / "README.md").write_text(card, encoding="utf-8")
         if also is not None:
             also(folder)
 

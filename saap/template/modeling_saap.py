@@ -99,9 +99,7 @@ class _Resized:
         wanted, found = sizes_of(self.config, name), [sizes_of(each, name) for each in self.config.per_layer_config]
         for index, count in enumerate(found):
             if count != wanted:
-                raise ValueError(
-                    f"continuous batching needs {wanted} KV heads in each layer; layer {index} has {count}"
-                )
+                raise ValueError(f"continuous batching needs {wanted} KV heads per layer; layer {index} has {count}")
         return super().init_continuous_batching(*args, **kwargs)
 
     def _rebuild(self, layer, path, config):

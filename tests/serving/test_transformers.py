@@ -124,7 +124,7 @@ def test_continuous_batching_works_where_only_widths_vary(tmp_path, family: str,
     saap.save(saap.compact(model, widths_only(model, heads)), tmp_path / "m", layout="template")
     model = endless(saap.load(tmp_path / "m"))
     if (family, heads) == ("opt", 3):  # its stock model can only be built with heads that divide the hidden size
-        with pytest.raises(ValueError, match="needs 8 KV heads in each layer; layer 0 has 6"):
+        with pytest.raises(ValueError, match="needs 8 KV heads per layer; layer 0 has 6"):
             batched(model)
         return
     want = [greedy(model, prompt, 6) for prompt in PROMPTS]
@@ -146,7 +146,7 @@ def test_continuous_batching_names_the_layer_whose_kv_heads_differ(tmp_path, fam
     model = tiny_model(family, torch.float32)
     saap.save(saap.compact(model, make_plan(model)), tmp_path / "m")
     count, first = (8, 6) if family == "opt" else (4, 3)
-    with pytest.raises(ValueError, match=f"needs {count} KV heads in each layer; layer 0 has {first}"):
+    with pytest.raises(ValueError, match=f"needs {count} KV heads per layer; layer 0 has {first}"):
         saap.load(tmp_path / "m").generate_batch(PROMPTS, max_new_tokens=2)
 
 
