@@ -123,6 +123,8 @@ EXPERTS = ".experts."  # in the names of their tensors, in files and in models
 def _check_weights(files: list[Path], model: PreTrainedModel) -> dict[str, int]:
     """Elements by dtype from the files' headers; refuses sizes that are not the configuration's."""
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    lacking = set(wanted if is_template(model) and not hasattr(model.config, "quantization_config") else ())
+    lacking -= set(getattr(model, "_tied_weights_keys", None) or ())
     stored: dict[str, int] = {}
     in_experts = 0
     for file in files:
@@ -133,10 +135,13 @@ def _check_weights(files: list[Path], model: PreTrainedModel) -> dict[str, int]:
                     shape, dtype = piece.get_shape(), piece.get_dtype()
                     if name in wanted and shape != wanted[name]:
                         raise ValueError(f"{file}: expected {name} of shape {wanted[name]}, got {shape}")
+                    lacking.discard(name)
                     stored[dtype] = stored.get(dtype, 0) + torch.Size(shape).numel()
                     in_experts += torch.Size(shape).numel() if EXPERTS in name else 0
         except SafetensorError as error:
             raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+    if lacking:  # stock models may be stored by other names
+        raise ValueError(f"{files[0].parent}: the weights lack {min(lacking)}, which the configuration wants")
     configured = sum(torch.Size(shape).numel() for name, shape in wanted.items() if EXPERTS in name)
     if in_experts != configured:  # stock files name experts one by one, the model has them in one tensor
         raise ValueError(f"{files[0].parent}: expected {configured:,} weights of experts, got {in_experts:,}")
