@@ -15,6 +15,7 @@ from saap.evaluate import Evaluation, evaluate
 from saap.families import Family, known_families, register_family
 from saap.latency import LatencyTable
 from saap.layout import register_template_classes
+from saap.peft_targets import lora_targets
 from saap.plan import LayerPlan, Plan
 from saap.prune import PruneResult, prune
 from saap.report import report
@@ -55,6 +56,7 @@ __all__ = [
     "evaluate",
     "known_families",
     "load",
+    "lora_targets",
     "prune",
     "register_family",
     "report",

@@ -85,6 +85,11 @@ def progress(title: str, unit: str | None, shown: bool = True) -> Iterator[Bar]:
         yield Bar(bar, title, unit)
 
 
+def announce(text: str) -> None:
+    """Text on stdout at once, also where that is a file or a pipe."""
+    print(text, flush=True)
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     json.dump(value, sys.stdout, indent=2)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from saap.checkpoint import PLAN_FILE
+from saap.checkpoint_files import PLAN_FILE, check_directory, weight_files
 from saap.cost import cost_of
 from saap.layout import is_template
 from saap.opening import has_tokenizer
@@ -18,8 +18,6 @@ from saap.report import REPORT_FILE
 from saap.tensor_parallel import device_counts
 from saap.units import LayerUnits, Units, discover
 from saap.weight_headers import Quantisation, check_weights
-
-WEIGHT_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -88,12 +86,8 @@ class ModelInfo:
 
 
 def skeleton(folder: Path) -> PreTrainedModel:
-    """The model of a directory without weights, all on the meta device, quantised or not; errors as ``model_info``."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"expected a local model directory, found none at {folder}")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"expected a model directory with config.json, found none in {folder}")
-    config = AutoConfig.from_pretrained(folder)
+    """The model of a directory without weights, all on the meta device, quantised or not; errors as ``check_directory``."""
+    config = check_directory(folder)
     vars(config).pop("quantization_config", None)  # the plain model has the sizes
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
@@ -136,29 +130,6 @@ def model_info(path: str | os.PathLike[str]) -> ModelInfo:
         config=config,
         quantisation=quantisation,
     )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the checkpoint: those that its index names, or all there are.
-
-    Raises FileNotFoundError for missing ones and ValueError for an index that is none, or that leaves ``folder``.
-    """
-    index = folder / WEIGHT_INDEX
-    if index.is_file():
-        try:
-            named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{index} is not an index of safetensors files: {error}") from error
-        for name in named:
-            if not isinstance(name, str) or Path(name).name != name or "\\" in name:
-                raise ValueError(f"{index} names {name!r}; expected files of the same directory")
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{index} names {name}, which is not in {folder}")
-        return [folder / name for name in named]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"expected .safetensors weights in {folder}, found none")
-    return files
 
 
 def _quantisation(config: Path) -> Quantisation | None:

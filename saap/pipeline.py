@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap import console
 from saap.calibrate import calibrate
+from saap.card import Made
 from saap.checkpoint import refuse_existing, save
 from saap.compact import PLAN_ATTRIBUTE, compact
 from saap.compensate import check_compensate, compensation, refuse_experts
@@ -81,6 +82,7 @@ class Job:
     compensation_inputs: str = "auto"
     step_samples: int | None = None
     compensated_scores: bool | str = "auto"
+    command: str = ""
 
     def targets(self) -> dict[float | None, Path]:
         """{ratio: directory}; a plan has the ratio None."""
@@ -182,10 +184,13 @@ class Job:
                     )
                 result = replace(result, baselines=baselines)
             also = partial(self._report, name, result, pruned, statistics, scores, mine) if self.report else None
+            made = Made(
+                model.name_or_path, self.data, _amount(statistics), self.command, result.evaluation, self.eval_text
+            )
             with mine("save"):
-                save(pruned, target, tokenizer=tokenizer, layout=self.layout, force=self.force, also=also)
-            made = target / REPORT_FILE
-            results.append(replace(result, report=made if made.exists() else None))
+                save(pruned, target, tokenizer=tokenizer, layout=self.layout, force=self.force, also=also, made=made)
+            report = target / REPORT_FILE
+            results.append(replace(result, report=report if report.exists() else None))
         return results
 
     def _report(
@@ -264,3 +269,8 @@ class Job:
         stages.say(1, "prune")
         with watch("compact"):
             return compact(model, plan, found, copy=copy)
+
+
+def _amount(statistics: Statistics | None) -> str:
+    """How much text statistics are of."""
+    return "" if statistics is None else f"{statistics.sequences:,} sequences, {statistics.tokens:,} tokens"

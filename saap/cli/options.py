@@ -1,10 +1,12 @@
 """Options that several commands share, and how their text is read."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from saap.card import told_name
 from saap.criteria import CRITERIA
 from saap.data import FORMS
 from saap.latency import LatencyTable
@@ -198,3 +200,24 @@ def _resource(name: str, context: int, table: Path | None, device: str | None) -
         return Latency(LatencyTable.load(table, device or "this"))
     kinds: dict[str, Resource] = {"macs": Macs(context), "bytes": Bytes(context=context)}
     return kinds.get(name, name)
+
+
+UNTOLD = ("out", "force", "as_json", "debug", "report", "dry_run", "stream_folder", "save_statistics")
+
+
+def given_command(context: typer.Context) -> str:
+    """The command that is running, as it was given, without what says nothing about its result and without folders."""
+    pieces = ["saap", str(context.info_name)]
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE" or name in UNTOLD:
+            continue
+        value = context.params[name]
+        if parameter.param_type_name == "argument":
+            pieces.append(told_name(str(value)))
+        elif isinstance(value, bool):
+            pieces.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+        else:
+            pieces += [max(parameter.opts, key=len), told_name(str(value))]
+    return shlex.join(pieces)

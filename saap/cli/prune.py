@@ -44,6 +44,7 @@ from saap.cli.options import (
     TensorParallel,
     Uniform,
     calibration_options,
+    given_command,
     refuse_beside_plan,
     search_options,
 )
@@ -53,6 +54,7 @@ from saap.preview import preview, report_dry_run
 
 
 def prune(
+    invoked: typer.Context,
     model: Model,
     out: Annotated[
         Path, typer.Option(help="Where the pruned model goes (with a sweep: one folder per ratio below it).")
@@ -126,7 +128,7 @@ def prune(
             options, calibration_options(samples, seq_len, batch_size, checkpoint, backend, seed), layout, force,
             report=report, baselines=tuple(name.strip() for name in baselines.split(",") if name.strip()),
             compensate=compensate, steps=steps, compensation_inputs=compensation_inputs, step_samples=step_samples,
-            compensated_scores=SWITCH[compensated_scores],
+            compensated_scores=SWITCH[compensated_scores], command=given_command(invoked),
         )  # fmt: skip
         job.check_files()
         with console.screen.status("loading the model"):

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
+from saap.checkpoint_files import weight_files
 from saap.families import PRUNED_PREFIX
-from saap.model_info import skeleton, weight_files
+from saap.model_info import skeleton
 from saap.opening import has_tokenizer
 from saap.serving.gguf_architecture import (
     Architecture,

@@ -93,6 +93,15 @@ class _Resized:
         base = getattr(transformers, cls.__name__.removeprefix("Saap"))
         return base._can_set_experts_implementation()  # reads the file of the class for experts; here are none
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """As the base class, whose paged cache has one number of KV heads; ValueError names a layer of another one."""
+        name = self.config.saap_layout["kv_heads"] or self.config.saap_layout["query_heads"]
+        wanted, found = sizes_of(self.config, name), [sizes_of(each, name) for each in self.config.per_layer_config]
+        for index, count in enumerate(found):
+            if count != wanted:
+                raise ValueError(f"continuous batching needs {wanted} KV heads per layer; layer {index} has {count}")
+        return super().init_continuous_batching(*args, **kwargs)
+
     def _rebuild(self, layer, path, config):
         old = layer.get_submodule(path)
         like = next(old.parameters())
