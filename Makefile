@@ -7,6 +7,7 @@ TRANSFORMERS ?= transformers==5.17.0
 # The other transformers that is supported, in an environment that lies over the first: it holds nothing else.
 OTHER_TRANSFORMERS ?= transformers==5.23.0
 OTHER_VENV ?= $(VENV)-other
+OTHER_TESTS = $(sort $(wildcard tests/serving/test_server*.py tests/serving/test_*transformers.py))
 # The CPU build of torch brings no Triton; its compiler checks the GPU kernels in the tests.
 TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
 # The targets gpu-*: torch and transformers come with GPU_PYTHON; nothing is installed. MINUTES bounds the benchmarks.
@@ -64,7 +65,7 @@ $(OTHER_STAMP): $(STAMP)
 	@touch $@
 
 test-transformers: $(OTHER_STAMP)
-	OMP_NUM_THREADS=1 $(OTHER_RUN) -m pytest -q -m "not gpu" $(WORKERS) --durations=10 tests/saap tests/test_examples.py
+	OMP_NUM_THREADS=1 $(OTHER_RUN) -m pytest -q -m "not gpu" $(WORKERS) --durations=10 tests/saap tests/test_examples.py $(OTHER_TESTS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
