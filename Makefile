@@ -10,6 +10,7 @@ OTHER_VENV ?= $(VENV)-other
 # llama.cpp has an environment of its own: it is built from source, which takes minutes. Any that has it will do.
 LLAMACPP ?= llama-cpp-python[server]==0.3.36
 LLAMACPP_VENV ?= $(VENV)-llamacpp
+OTHER_TESTS = $(sort $(wildcard tests/serving/test_server*.py tests/serving/test_*transformers.py))
 # The CPU build of torch brings no Triton; its compiler checks the GPU kernels in the tests.
 TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
 # The targets gpu-*: torch and transformers come with GPU_PYTHON; nothing is installed. MINUTES bounds the benchmarks.
@@ -69,7 +70,7 @@ $(OTHER_STAMP): $(STAMP)
 	@touch $@
 
 test-transformers: $(OTHER_STAMP)
-	OMP_NUM_THREADS=1 $(OTHER_RUN) -m pytest -q -m "not gpu" $(WORKERS) --durations=10 tests/saap tests/test_examples.py
+	OMP_NUM_THREADS=1 $(OTHER_RUN) -m pytest -q -m "not gpu" $(WORKERS) --durations=10 tests/saap tests/test_examples.py $(OTHER_TESTS)
 
 # Asks the environment itself: what was broken off is made again, and one that was made elsewhere is left as it is.
 llamacpp:

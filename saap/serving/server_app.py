@@ -17,8 +17,9 @@ from starlette.exceptions import HTTPException
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
-from transformers.cli.serving.utils import BaseHandler, Modality
+from transformers.cli.serving.utils import BaseHandler, Modality, get_response_template
 
+from saap.families import PRUNED_PREFIX
 from saap.serving.server_generation import OneModel, adjust, context_length, cut
 from saap.serving.server_requests import ASKED, CHAT, COMPLETION, Asked, Refused, check_request
 from saap.serving.server_stream import openai_stream
@@ -77,6 +78,7 @@ def build_app(served: Served) -> FastAPI:
     handlers: dict[str, Any] = {COMPLETION: _Completions(manager, state), CHAT: _Chat(manager, state)}
     for handler in handlers.values():
         handler.served = served
+    _read_answers_as_the_family(served)
     _answer_errors(app)
 
     @app.get("/health")
@@ -104,6 +106,19 @@ def build_app(served: Served) -> FastAPI:
         return await _answer(request, handlers[CHAT], CHAT)
 
     return app
+
+
+def _read_answers_as_the_family(served: Served) -> None:
+    """Find reasoning and tool calls in chat answers, whose form transformers knows by the stock model_type.
+
+    Only where the chat template begins answers as that form does: otherwise the prompt would be read as answer.
+    """
+    stock = str(served.model.config.model_type).removeprefix(PRUNED_PREFIX)
+    like = SimpleNamespace(config=SimpleNamespace(model_type=stock))
+    form = get_response_template(served.tokenizer, like) or {}
+    anchor, template = form.get("start_anchor"), served.tokenizer.chat_template
+    if isinstance(anchor, str) and isinstance(template, str) and anchor.strip() in template:
+        served.tokenizer.response_template = form
 
 
 async def _answer(request: Request, handler: Any, kind: str) -> Response:

@@ -6,10 +6,11 @@ import httpx
 import openai
 import pytest
 import torch
+from transformers.cli.serving.utils import get_response_template
 
 from saap.serving.server import open_served
-from saap.serving.server_app import Served
-from tests.saap.tiny import FAMILIES
+from saap.serving.server_app import Served, build_app
+from tests.saap.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from tests.serving.running import CONTEXT, MESSAGES, running, saved
 
 
@@ -217,3 +218,16 @@ def test_what_is_served_is_json_of_openais_types(client) -> None:
     openai.types.chat.ChatCompletion.model_validate(found)
     body = {"model": "tiny", "prompt": "a", "max_tokens": 2}
     openai.types.Completion.model_validate(httpx.post(f"{client.base_url}completions", json=body).json())
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(("family", "template"), [("qwen3", CHATML), ("qwen3", "{{ messages }}"), ("llama", CHATML)])
+def test_tool_calls_and_reasoning_are_read_as_in_the_stock_model(tmp_path, family: str, template: str) -> None:
+    served = open_served(saved(tmp_path / family, family), None, None)
+    served.tokenizer.chat_template = template
+    build_app(served)
+    stock = get_response_template(tiny_tokenizer(), tiny_model(family, torch.float32))
+    assert (stock is not None) is (family == "qwen3")
+    assert get_response_template(served.tokenizer, served.model) == (stock if template == CHATML else None)
