@@ -81,7 +81,7 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype | str | None = None) -
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"expected a model directory with config.json, found none in {folder}")
         for file in sorted(folder.glob("*.safetensors")):
-            _check_safetensors(file)
+            check_safetensors(file)
     elif folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith("."):
         raise FileNotFoundError(f"no such model directory: {path}")
     model = AutoModelForCausalLM.from_pretrained(str(path), **({} if dtype is None else {"dtype": dtype}))
@@ -92,7 +92,8 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype | str | None = None) -
     return model.eval()
 
 
-def _check_safetensors(file: Path) -> None:
+def check_safetensors(file: Path) -> None:
+    """Raise ValueError naming a safetensors file that is damaged or not whole; reads its header only."""
     try:
         with safe_open(file, framework="pt"):
             pass

@@ -11,9 +11,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from saap.families import family_named, known_families
 from saap.layout import register_template_classes
-from saap.serving.vllm_rules import check_served
+from saap.serving.vllm_rules import check_files, check_served
 
-BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"  # imported when a model asks for it
+BACKEND = "vllm.model_executor.models.transformers:Transformers"  # what vLLM builds from transformers' own modules
 NEEDED = "0.28"  # the first that gives every layer its own sizes
 logger = logging.getLogger(__name__)
 
@@ -34,11 +34,14 @@ def register() -> None:
             logger.warning("saap: %s need vLLM >= %s, this is %s (%s)", what, NEEDED, _version(), error)
 
 
-def architectures() -> tuple[str, ...]:
-    """The template's classes for causal language modelling, of families without experts."""
-    dense = [name for name in known_families() if family_named(name).experts is None]
+def backends() -> dict[str, str]:
+    """{class of a template: vLLM's class for it, to be imported when a model asks for it}."""
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return tuple(f"Saap{known[name]}" for name in dense if name in known)
+    return {
+        f"Saap{known[name]}": f"{BACKEND}{'MoE' if family_named(name).experts else ''}ForCausalLM"
+        for name in known_families()
+        if name in known
+    }
 
 
 def register_models() -> None:
@@ -50,13 +53,15 @@ def register_models() -> None:
     if not hasattr(ModelArchitectureConfig, "per_layer_overrides"):
         raise AttributeError("its models have one size for all layers")
 
-    class CheckedConfig(VerifyAndUpdateConfig):  # type: ignore[misc]  # vLLM is not there when types are checked
+    class CheckedConfig(VerifyAndUpdateConfig):
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
-            check_served(vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size)
+            model = vllm_config.model_config
+            check_files(model.model)
+            check_served(model.hf_config, vllm_config.parallel_config.tensor_parallel_size)
 
-    for name in architectures():
-        ModelRegistry.register_model(name, BACKEND)
+    for name, backend in backends().items():
+        ModelRegistry.register_model(name, backend)
         MODELS_CONFIG_MAP[name] = CheckedConfig
 
 

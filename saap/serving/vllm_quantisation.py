@@ -7,7 +7,7 @@ from torch import nn
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from saap.serving.vllm_rules import StoredFormat
+from saap.serving.vllm_rules import StoredFormat, check_files
 from saap.stored_weight import METHOD
 
 
@@ -49,3 +49,6 @@ class SaapQuantizationConfig(QuantizationConfig):
         if self.stored.quantises(prefix, self.packed_modules_mapping):
             return SaapLinearMethod(self.stored)
         return UnquantizedLinearMethod()
+
+    def maybe_update_config(self, model_name: str, *args: Any, **kwargs: Any) -> None:
+        check_files(model_name)  # before any process is started; nothing is updated

@@ -3,10 +3,12 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from saap.checkpoint import check_safetensors
 from saap.stored_weight import GROUPS, METHOD
 from saap.tensor_parallel import check_split
 from saap.units import LayerUnits
@@ -57,16 +59,31 @@ class StoredFormat:
         return not kept
 
 
+def check_files(path: str) -> None:
+    """Raise ValueError naming a damaged weight file of a model directory; a name on the hub passes."""
+    for file in sorted(Path(path).glob("*.safetensors")):
+        check_safetensors(file)
+
+
 def check_served(config: PreTrainedConfig, devices: int) -> None:
     """Raise ValueError, naming the layer, for a template's configuration that vLLM cannot run on ``devices`` devices.
 
-    vLLM wants attention in every layer, and sizes that each tensor-parallel device takes an equal share of.
+    vLLM refuses layers without attention and, on the CPU, crashes at MLPs without channels; it gives all mixtures of
+    a model one size; and every tensor-parallel device takes an equal share of each size.
     """
-    for index, sizes in enumerate(layer_sizes(config)):
-        if sizes.query_heads == 0:
+    layers = layer_sizes(config)
+    for index, sizes in enumerate(layers):
+        for what, size in (("attention", sizes.query_heads), ("MLP", sizes.intermediate_size)):
+            if size == 0:
+                raise ValueError(
+                    f"layer {index} has no {what}, which vLLM cannot run; expected one in every layer: prune without "
+                    "--allow-empty, or use `saap serve`"
+                )
+        mixture, first = ((each.experts, each.intermediate_size) for each in (sizes, layers[0]))
+        if sizes.experts and mixture != first:
             raise ValueError(
-                f"layer {index} has no attention, which vLLM cannot run; expected at least one KV head in every layer: "
-                "prune without --allow-empty, or use `saap serve`"
+                f"layer {index} has {mixture[0]} experts of width {mixture[1]}, layer 0 {first[0]} of {first[1]}; vLLM "
+                "expects the same in every layer: prune with --uniform, or use `saap serve`"
             )
         for module, kept in (("attention", sizes.kv_heads), ("mlp", sizes.intermediate_size)):
             check_split(sizes, index, module, kept, devices)
@@ -86,7 +103,8 @@ def layer_sizes(config: PreTrainedConfig) -> list[LayerUnits]:
                 kv_heads=getattr(layer, layout["kv_heads"]) if layout["kv_heads"] else query_heads,
                 head_dim=config.head_dim,
                 intermediate_size=getattr(layer, layout["intermediate_size"]),
-                gated="gate" in layout["projections"],
+                gated=True,
+                experts=getattr(layer, layout["experts"]) if "experts" in layout else 0,
             )
         )
     return sizes

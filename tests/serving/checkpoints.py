@@ -6,10 +6,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 
 import saap
-from benchmarks.common import SMALL_MODEL
 from saap.families import family_of, layers_of
 from saap.plan import LayerPlan, Plan
 from saap.stored_weight import METHOD, to_stored
@@ -19,7 +17,8 @@ from tests.saap.tiny import tiny_model, tiny_tokenizer
 
 # of three layers: KV heads kept of 4, and channels of 97
 SIZES = (((0, 2, 3), range(0, 90, 2)), ((1,), range(5, 38)), ((0, 1, 2, 3), range(97)))
-EVEN = (((0, 2), range(0, 64)), ((1, 3), range(2, 34)), ((0, 1, 2, 3), range(96)))
+# of three layers with 128 channels: what two devices can share, KV heads copied in the second
+EVEN = (((0, 2), range(0, 64)), ((1,), range(128)), ((0, 1, 2, 3), range(32, 96)))
 
 
 def tiny_checkpoint(folder: Path, family: str, sizes=SIZES, **overrides) -> Path:
@@ -35,12 +34,16 @@ def tiny_checkpoint(folder: Path, family: str, sizes=SIZES, **overrides) -> Path
     return folder
 
 
-def trained_checkpoint(folder: Path) -> Path:
-    """The shipped model without a fifth of its parameters, each layer of its own sizes, multiples of nothing."""
-    tokenizer = AutoTokenizer.from_pretrained(SMALL_MODEL)
-    data = SMALL_MODEL / "calibration.jsonl"
-    result = saap.prune(saap.load(SMALL_MODEL), tokenizer, data, ratio=0.2, samples=16, seq_len=128, multiple=1)
-    saap.save(result.model, folder, tokenizer=tokenizer)
+def mixture_checkpoint(folder: Path, family: str, widths=(16, 16, 16)) -> Path:
+    """A random mixture of three layers with 3 of 4 experts of these widths, heads of 32 and other KV heads by layer."""
+    model = tiny_model(family, torch.float32, head_dim=32)
+    units = discover(model)
+    full = units.layers[0].intermediate_size
+    layers = [
+        LayerPlan(heads, tuple(expert * full + channel for expert in range(3) for channel in range(width)), (0, 1, 2))
+        for heads, width in zip(((0, 1), (0,), (1, 2, 3)), widths, strict=True)
+    ]
+    saap.save(saap.compact(model, Plan(units, tuple(layers), {"made": "by hand"})), folder, tokenizer=tiny_tokenizer())
     return folder
 
 
@@ -81,6 +84,6 @@ def change_config(folder: Path, **values) -> Path:
 def greedy(folder: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
     """The ``count`` tokens by which transformers continues each prompt in fp32, each by itself."""
     model = saap.load(folder, torch.float32)
-    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": count, "eos_token_id": None, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
         return [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in prompts]
