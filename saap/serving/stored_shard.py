@@ -82,7 +82,8 @@ class Placement:
         self.placed[kind] += len(loaded)
         if kind == "qweight" or self.group_size == self.stored_group:
             return loaded
-        return loaded.repeat_interleave(self.stored_group // self.group_size, 1)[:, : -(-self.columns // self.group_size)]
+        groups = -(-self.columns // self.group_size)
+        return loaded.repeat_interleave(self.stored_group // self.group_size, 1)[:, :groups]
 
     def check_complete(self) -> None:
         """Raise ValueError unless every row of all three tensors was taken."""

@@ -22,7 +22,7 @@ class SaapLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -48,7 +48,7 @@ class SaapLinearMethod(LinearMethodBase):
         layer.saap_shape = shape
         layer.saap_dummy = _dummy_weights()
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Lay the weight out for the kernels; the stored tensors go."""
         placement = layer.saap_placement
         if placement is None:
@@ -63,7 +63,7 @@ class SaapLinearMethod(LinearMethodBase):
         layer.saap_group = placement.group_size
         layer.saap_placement = None
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         packed = PackedWeight(
             layer.qweight, layer.saap_shape, self.stored.bits, layer.saap_group, layer.qscale, layer.qzero
         )

@@ -5,6 +5,7 @@ not keep vLLM from serving models that are not ours.
 """
 
 import logging
+import sys
 from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -71,6 +72,4 @@ def register_quantisation() -> None:
 
 
 def _version() -> str:
-    import vllm
-
-    return str(getattr(vllm, "__version__", "of unknown version"))
+    return str(getattr(sys.modules.get("vllm"), "__version__", "not vLLM"))

@@ -1,4 +1,4 @@
-"""Small checkpoints for servers: layers of different sizes, quantised in groups, and what greedy decoding makes of them."""
+"""Small checkpoints for servers, plain and quantised, whose layers differ in size, and their greedy tokens."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def mixture_checkpoint(folder: Path, family: str, widths=(16, 16, 16)) -> Path:
 
 
 def quantised_checkpoint(source: Path, folder: Path, bits: int, group_size: int) -> tuple[Path, Path]:
-    """``source`` with its decoder layers' Linears stored by quant_method "saap", and the same values as plain weights."""
+    """``source`` with its decoder layers' Linears stored by quant_method "saap", and these values as plain weights."""
     model = saap.load(source)
     family, plain = family_of(model), folder.with_name(f"{folder.name}-plain")
     stored, dequantised = load_file(source / "model.safetensors"), load_file(source / "model.safetensors")

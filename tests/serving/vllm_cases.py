@@ -242,10 +242,12 @@ def test_every_family_gives_the_tokens_of_transformers(tmp_path) -> None:
 
 def test_quantised_checkpoints_of_every_layout(tmp_path) -> None:
     """Fused and single Linears, biases, groups that end within a row, stock models of vLLM's own classes."""
-    pairs = [
-        quantised_checkpoint(tiny_checkpoint(tmp_path / family, family, **TINY[family]), tmp_path / f"{family}-{bits}", bits, group)
-        for family, bits, group in (("llama", 4, 64), ("qwen3", 8, 32), ("phi3", 4, 32), ("opt", 8, 64), ("gemma2", 4, 32))
-    ]  # fmt: skip
+    pairs = []
+    for family, bits, group in (
+        ("llama", 4, 64), ("qwen3", 8, 32), ("phi3", 4, 32), ("opt", 8, 64), ("gemma2", 4, 32), ("mistral", 8, 128),
+    ):  # fmt: skip
+        source = tiny_checkpoint(tmp_path / family, family, **TINY[family])
+        pairs.append(quantised_checkpoint(source, tmp_path / f"{family}-{bits}", bits, group))
     for model in (SMALL_MODEL, SMALL_MODEL.with_name("small_qwen2")):
         pairs.append(quantised_checkpoint(model, tmp_path / f"{model.name}-4", 4, 32))
     found = engine(tmp_path, [{"model": str(stored)} for stored, _ in pairs])
@@ -272,8 +274,8 @@ def test_what_cannot_run_is_refused_by_name(tmp_path) -> None:
     faults: list[tuple[Path, dict, str]] = [
         (odd, {"tensor_parallel_size": 2, "refused": True}, "layer 0: tensor_parallel=2 cannot split 3 KV heads"),
         (tmp_path / "hollow", {}, "layer 1 has no MLP"),
-        (mixture_checkpoint(tmp_path / "mixture", "mixtral", widths=(16, 8, 16)), {}, "layer 1 has 3 experts of width 8"),
-    ]  # fmt: skip
+        (mixture_checkpoint(tmp_path / "mixture", "mixtral", (16, 8, 16)), {}, "layer 1 has 3 experts of width 8"),
+    ]
     for key, value, message in (
         ("bits", 3, "expected bits 4 or 8, got 3"),
         ("version", 2, "expected version 1, got 2"),
