@@ -57,6 +57,7 @@ class SaapLinearMethod(LinearMethodBase):
             placement.check_complete()
         stored = {kind: getattr(layer, kind).data for kind in NAMES}
         packed = from_stored(stored, layer.saap_shape[1], self.stored.bits, placement.group_size)
+        assert packed.scale is not None and packed.zero is not None
         for kind, tensor in zip(NAMES, (packed.data, packed.scale, packed.zero), strict=True):
             delattr(layer, kind)
             layer.register_parameter(kind, nn.Parameter(tensor, requires_grad=False))

@@ -86,4 +86,8 @@ def greedy(folder: Path, prompts: list[list[int]], count: int) -> list[list[int]
     model = saap.load(folder, torch.float32)
     options = {"max_new_tokens": count, "eos_token_id": None, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
-        return [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in prompts]
+        return [
+            # the mask: without it token 0 would be taken for padding
+            model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :].tolist()
+            for ids in (torch.tensor([prompt]) for prompt in prompts)
+        ]
