@@ -281,7 +281,7 @@ def test_what_cannot_run_is_refused_by_name(tmp_path) -> None:
         ("version", 2, "expected version 1, got 2"),
         ("group_size", 48, "expected group_size 32 or 64 or 128, got 48"),
         ("group_size", 64, "expected qscale"),
-        ("quant_method", "other", "other"),
+        ("quant_method", "other", "Unknown quantization method: other"),
     ):
         shutil.copytree(stored, tmp_path / f"{key}-{value}")
         folder = change_config(tmp_path / f"{key}-{value}", quantization_config=quantisation | {key: value})

@@ -23,10 +23,8 @@ def answer(case: dict) -> dict:
     prompts, count = case.pop("prompts"), case.pop("count")
     try:
         llm = LLM(dtype="float32", enforce_eager=True, max_model_len=64, skip_tokenizer_init=True, **case)
-    except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
+    except ValueError as error:
         return {"error": str(error)}
-    except Exception as error:  # of safetensors, which derives from nothing narrower
-        return {"error": f"{type(error).__name__}: {error}"}
     sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
     found = {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
