@@ -19,7 +19,7 @@ _IN_A_LAYER = re.compile(r"(^|\.)layers\.\d+\.")
 
 @dataclass(frozen=True)
 class StoredFormat:
-    """What ``quantization_config`` of a checkpoint says; ``kept`` names modules that are not quantised."""
+    """What ``quantization_config`` of a checkpoint says; ``kept`` names modules that are not quantised, or how names end."""
 
     bits: int
     group_size: int
@@ -50,7 +50,7 @@ class StoredFormat:
             return False
         owner, _, last = name.rpartition(".")
         parts = list(fused.get(last) or [last])
-        kept = [part for part in parts if part in self.kept or f"{owner}.{part}" in self.kept]
+        kept = [part for part in parts if any(f".{owner}.{part}".endswith(f".{each}") for each in self.kept)]
         if kept and len(kept) < len(parts):
             raise ValueError(
                 f"modules_to_not_convert leaves {', '.join(kept)} of {owner} as they were, but vLLM runs "

@@ -167,9 +167,9 @@ def test_formats_of_others_are_refused_by_key(change, message) -> None:
         StoredFormat.read(given | change)
 
 
-def test_what_is_quantised_goes_by_full_names_and_last_components(vllm) -> None:
+def test_what_is_quantised_goes_by_the_ends_of_names(vllm) -> None:
     config = quantisation(
-        vllm, 4, 32, ["lm_head", "gate", "k_proj", "q_proj", "v_proj", "model.layers.1.mlp.down_proj"]
+        vllm, 4, 32, ["lm_head", "mlp.gate", "k_proj", "q_proj", "v_proj", "model.layers.1.mlp.down_proj"]
     )
     config.packed_modules_mapping.update(qkv_proj=["q_proj", "k_proj", "v_proj"], gate_up_proj=["gate_proj", "up_proj"])
     stored, mapping = config.stored, config.packed_modules_mapping
