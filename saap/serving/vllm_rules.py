@@ -19,7 +19,7 @@ _IN_A_LAYER = re.compile(r"(^|\.)layers\.\d+\.")
 
 @dataclass(frozen=True)
 class StoredFormat:
-    """What ``quantization_config`` of a checkpoint says; ``kept`` are ends of the names of modules left as they were."""
+    """What ``quantization_config`` of a checkpoint says; ``kept`` are ends of names of modules left as they were."""
 
     bits: int
     group_size: int
