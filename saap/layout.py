@@ -105,6 +105,8 @@ def describe_as_template(
         values["saap_layout"] |= {"experts": count, "sparse_block": family.experts.rpartition(".")[0]}
         if len({sizes.experts for sizes in layers}) == 1:
             values[count] = layers[0].experts  # what is outside of the layers reads this
+            if len({sizes.intermediate_size for sizes in layers}) == 1:
+                values[family.intermediate_size_attribute] = layers[0].intermediate_size  # vLLM reads this one
         elif values.get("output_router_logits"):
             values["output_router_logits"] = False
             warnings.warn(

@@ -86,7 +86,7 @@ class ModelInfo:
 
 
 def skeleton(folder: Path) -> PreTrainedModel:
-    """The model of a directory without weights, all on the meta device, quantised or not; errors as ``check_directory``."""
+    """The model of a directory without weights, on the meta device, quantised or not; errors as ``check_directory``."""
     config = check_directory(folder)
     vars(config).pop("quantization_config", None)  # the plain model has the sizes
     with torch.device("meta"):
