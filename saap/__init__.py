@@ -1,6 +1,6 @@
 """SAAP: make a language model structurally smaller in one fast pass, and serve it anywhere.
 
-Importing this package lets transformers' Auto classes load pruned checkpoints.
+Importing this package lets transformers' Auto classes load pruned and quantised checkpoints.
 """
 
 from saap.accelerate import Accelerated, accelerate
@@ -17,6 +17,8 @@ from saap.latency import LatencyTable
 from saap.layout import register_template_classes
 from saap.plan import LayerPlan, Plan
 from saap.prune import PruneResult, prune
+from saap.quantise import export_quantised, quantise
+from saap.quantiser import SaapConfig
 from saap.report import report
 from saap.scores import Scores
 from saap.search import search
@@ -37,6 +39,7 @@ __all__ = [
     "LayerPlan",
     "Plan",
     "PruneResult",
+    "SaapConfig",
     "Scores",
     "Statistics",
     "Streaming",
@@ -50,9 +53,11 @@ __all__ = [
     "compensation",
     "discover",
     "evaluate",
+    "export_quantised",
     "known_families",
     "load",
     "prune",
+    "quantise",
     "register_family",
     "report",
     "save",

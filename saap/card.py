@@ -3,6 +3,8 @@
 from transformers import PreTrainedModel
 
 from saap.plan import Plan
+from saap.quantised_linear import is_quantised
+from saap.quantiser import SaapConfig
 from saap.units import Units
 
 _CARD = """---
@@ -31,6 +33,10 @@ _TEMPLATE = """from transformers import AutoModelForCausalLM
 import saap  # or, without saap installed, trust_remote_code=True below
 model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")"""
 
+_QUANTISED = """from transformers import AutoModelForCausalLM
+import saap  # needed: pip install saap; without it transformers ignores the quantised weights and draws random ones
+model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")"""
+
 
 def model_card(model: PreTrainedModel, units: Units, plan: Plan | None, version: str) -> str:
     """Markdown with sizes, how the model was made, and the lines that load it."""
@@ -48,6 +54,12 @@ def model_card(model: PreTrainedModel, units: Units, plan: Plan | None, version:
     kept = ", ".join(str(layer.experts) for layer in units.layers)
     mixture = any(layer.experts for layer in units.layers)
     template = type(model).__name__.startswith("Saap")
+    loading = _TEMPLATE if template else _STOCK.format(kind=type(model).__name__)
+    if is_quantised(model):
+        described = model.config.quantization_config
+        quantised = SaapConfig(**described) if isinstance(described, dict) else described
+        loading = _QUANTISED
+        removed += f"| decoder layers' weights | {quantised}; the rest {str(model.dtype).removeprefix('torch.')} |\n"
     return _CARD.format(
         title=f"Pruned {units.family}",
         version=version,
@@ -57,5 +69,5 @@ def model_card(model: PreTrainedModel, units: Units, plan: Plan | None, version:
         widths=", ".join(str(layer.intermediate_size) for layer in units.layers),
         experts=f"| experts per layer | {kept} |\n" if mixture else "",
         mlp="width of each expert" if mixture else "MLP width",
-        loading=_TEMPLATE if template else _STOCK.format(kind=type(model).__name__),
+        loading=loading,
     )

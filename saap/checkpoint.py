@@ -16,6 +16,7 @@ from saap.compact import PLAN_ATTRIBUTE
 from saap.families import Family, family_of, is_mixture
 from saap.layout import LAYOUTS, adopt, describe_as_mistral, describe_as_stock, describe_as_template, is_template
 from saap.plan import Plan
+from saap.quantiser import refuse_unknown_method
 from saap.refuse import refuse_unsupported
 from saap.units import Units, discover
 from saap.version import __version__
@@ -70,7 +71,7 @@ def refuse_existing(path: Path, force: bool) -> None:
 
 
 def load(path: str | os.PathLike[str], dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-    """Load a dense or pruned causal language model, in the dtype its configuration states unless given.
+    """Load a dense, pruned or quantised causal language model, in the dtype its configuration states unless given.
 
     ``path`` is a directory or a hub name. A model with an attention softcap gets eager attention,
     float64 experts eager products. Raises
@@ -82,6 +83,7 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype | str | None = None) -
             raise FileNotFoundError(f"expected a model directory with config.json, found none in {folder}")
         for file in sorted(folder.glob("*.safetensors")):
             _check_safetensors(file)
+        refuse_unknown_method(folder)
     elif folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith("."):
         raise FileNotFoundError(f"no such model directory: {path}")
     model = AutoModelForCausalLM.from_pretrained(str(path), **({} if dtype is None else {"dtype": dtype}))

@@ -15,7 +15,10 @@ from saap.cost import cost_of
 from saap.layout import is_template
 from saap.opening import has_tokenizer
 from saap.plan import Plan
+from saap.quantised_linear import is_quantised
+from saap.quantiser import SaapConfig, make_blank
 from saap.report import REPORT_FILE
+from saap.stored_weight import METHOD
 from saap.tensor_parallel import device_counts
 from saap.units import LayerUnits, discover
 
@@ -28,7 +31,8 @@ class ModelInfo:
 
     ``layout`` is "stock" (loads with transformers alone) or "template" (sizes by layer: needs ``import saap``
     or ``trust_remote_code=True``). ``stored`` counts elements by safetensors dtype. ``parameters`` counts tied
-    tensors once. ``weight_bytes`` is what the weight files take, ``disk_bytes`` the whole directory.
+    tensors once. ``weight_bytes`` is what the weight files take, ``disk_bytes`` the whole directory. ``quantised``: "int4
+    in groups of 32", say, or None.
     """
 
     path: str
@@ -49,6 +53,7 @@ class ModelInfo:
     report: bool
     written_by: str
     plan: Plan | None
+    quantised: str | None = None
 
     @property
     def uniform(self) -> bool:
@@ -84,7 +89,11 @@ def skeleton(folder: Path) -> PreTrainedModel:
         raise FileNotFoundError(f"expected a model directory with config.json, found none in {folder}")
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+    described = getattr(config, "quantization_config", None)
+    if described is not None and described.get("quant_method") == METHOD:
+        make_blank(model, SaapConfig(**described))
+    return model
 
 
 def model_info(path: str | os.PathLike[str]) -> ModelInfo:
@@ -96,7 +105,7 @@ def model_info(path: str | os.PathLike[str]) -> ModelInfo:
     """
     folder = Path(path)
     model = skeleton(folder)
-    config, units = model.config, discover(model)
+    config, units = model.config, discover(model, accelerated=True)
     files = _weight_files(folder)
     stored = _check_weights(files, model)
     plan_file = folder / PLAN_FILE
@@ -120,6 +129,7 @@ def model_info(path: str | os.PathLike[str]) -> ModelInfo:
         report=(folder / REPORT_FILE).is_file(),
         written_by=_written_by(folder),
         plan=Plan.load(plan_file) if plan_file.is_file() else None,
+        quantised=None if not is_quantised(model) else str(SaapConfig(**config.quantization_config)),
     )
 
 
