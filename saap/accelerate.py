@@ -101,8 +101,8 @@ def accelerate(
     ``measure`` replaces only what a measurement of its shape at one token finds faster (once per process and shape);
     None: on the CPU; on a GPU the ops themselves choose by measured switch points.
 
-    Of a model that saap has quantised, gated MLPs become one op too, with the weights as they are; the other projections
-    run our kernels anyway, and ``bits`` must be None.
+    Of a model that saap has quantised, gated MLPs become one op too, with the weights as they are; the other
+    projections run our kernels anyway, and ``bits`` must be None.
 
     Logits are as far from those of exact arithmetic as the plain model's with the weights in the state dict; no bound
     holds between quantised weights and the original ones but ``pack``'s.

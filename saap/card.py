@@ -3,8 +3,8 @@
 from transformers import PreTrainedModel
 
 from saap.plan import Plan
-from saap.quantised_linear import is_quantised
-from saap.quantiser import SaapConfig
+from saap.quantised_config import in_words
+from saap.stored_weight import METHOD
 from saap.units import Units
 
 _CARD = """---
@@ -55,11 +55,12 @@ def model_card(model: PreTrainedModel, units: Units, plan: Plan | None, version:
     mixture = any(layer.experts for layer in units.layers)
     template = type(model).__name__.startswith("Saap")
     loading = _TEMPLATE if template else _STOCK.format(kind=type(model).__name__)
-    if is_quantised(model):
-        described = model.config.quantization_config
-        quantised = SaapConfig(**described) if isinstance(described, dict) else described
-        loading = _QUANTISED
-        removed += f"| decoder layers' weights | {quantised}; the rest {str(model.dtype).removeprefix('torch.')} |\n"
+    described = getattr(model.config, "quantization_config", None)
+    if described is not None:
+        values, dtype = dict(described), str(model.dtype).removeprefix("torch.")
+        ours = values["quant_method"] == METHOD
+        loading = _QUANTISED if ours else loading.replace("nothing else is needed", "pip install compressed-tensors")
+        removed += f"| weights of the decoder layers | {in_words(values)}; the others {dtype} |\n"
     return _CARD.format(
         title=f"Pruned {units.family}",
         version=version,

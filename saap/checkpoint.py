@@ -3,9 +3,11 @@
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,7 +18,7 @@ from saap.compact import PLAN_ATTRIBUTE
 from saap.families import Family, family_of, is_mixture
 from saap.layout import LAYOUTS, adopt, describe_as_mistral, describe_as_stock, describe_as_template, is_template
 from saap.plan import Plan
-from saap.quantiser import refuse_unknown_method
+from saap.quantised_config import loading_options, make_plain
 from saap.refuse import refuse_unsupported
 from saap.units import Units, discover
 from saap.version import __version__
@@ -51,7 +53,7 @@ def save(
     refuse_unsupported(model, accelerated=True)
     units = discover(model, accelerated=True)
     plan = plan or getattr(model, PLAN_ATTRIBUTE, None)
-    with _written_whole(target) as folder, _in_layout(model, units, layout) as described:
+    with written_whole(target) as folder, _in_layout(model, units, layout) as described:
         described.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -74,19 +76,25 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype | str | None = None) -
     """Load a dense, pruned or quantised causal language model, in the dtype its configuration states unless given.
 
     ``path`` is a directory or a hub name. A model with an attention softcap gets eager attention,
-    float64 experts eager products. Raises
+    float64 experts eager products, and compressed-tensors weights become plain ones. Raises
     ValueError naming a damaged safetensors file and FileNotFoundError for a directory without a configuration.
     """
-    folder = Path(path)
+    folder, options = Path(path), dict[str, Any]()
     if folder.exists():
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"expected a model directory with config.json, found none in {folder}")
         for file in sorted(folder.glob("*.safetensors")):
             _check_safetensors(file)
-        refuse_unknown_method(folder)
+        options = loading_options(folder)
     elif folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith("."):
         raise FileNotFoundError(f"no such model directory: {path}")
-    model = AutoModelForCausalLM.from_pretrained(str(path), **({} if dtype is None else {"dtype": dtype}))
+    options |= {} if dtype is None else {"dtype": dtype}
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "You passed `quantization_config`"
+        )  # to unpack what is described in the files
+        model = AutoModelForCausalLM.from_pretrained(str(path), **options)
+    make_plain(model)
     if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")  # sdpa leaves the softcap out; transformers 5.17 takes it all the same
     if is_mixture(model) and model.dtype == torch.float64 and model.config._experts_implementation == "grouped_mm":
@@ -170,7 +178,7 @@ def _share_weights(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrain
 
 
 @contextmanager
-def _written_whole(target: Path) -> Iterator[Path]:
+def written_whole(target: Path) -> Iterator[Path]:
     """A sibling directory that replaces ``target`` when the context ends well, and vanishes otherwise."""
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}.incomplete-"

@@ -15,7 +15,7 @@ from saap.cost import cost_of
 from saap.layout import is_template
 from saap.opening import has_tokenizer
 from saap.plan import Plan
-from saap.quantised_linear import is_quantised
+from saap.quantised_config import COMPRESSED, described_in, in_words
 from saap.quantiser import SaapConfig, make_blank
 from saap.report import REPORT_FILE
 from saap.stored_weight import METHOD
@@ -31,8 +31,8 @@ class ModelInfo:
 
     ``layout`` is "stock" (loads with transformers alone) or "template" (sizes by layer: needs ``import saap``
     or ``trust_remote_code=True``). ``stored`` counts elements by safetensors dtype. ``parameters`` counts tied
-    tensors once. ``weight_bytes`` is what the weight files take, ``disk_bytes`` the whole directory. ``quantised``: "int4
-    in groups of 32", say, or None.
+    tensors once. ``weight_bytes`` is what the weight files take, ``disk_bytes`` the whole directory.
+    ``quantised``: "int4 in groups of 32", say, or None.
     """
 
     path: str
@@ -90,9 +90,11 @@ def skeleton(folder: Path) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
-    described = getattr(config, "quantization_config", None)
-    if described is not None and described.get("quant_method") == METHOD:
+    described = getattr(config, "quantization_config", None) or {}
+    if described.get("quant_method") == METHOD:
         make_blank(model, SaapConfig(**described))
+    elif described.get("quant_method") == COMPRESSED:  # as it is loaded
+        del config.quantization_config
     return model
 
 
@@ -129,7 +131,7 @@ def model_info(path: str | os.PathLike[str]) -> ModelInfo:
         report=(folder / REPORT_FILE).is_file(),
         written_by=_written_by(folder),
         plan=Plan.load(plan_file) if plan_file.is_file() else None,
-        quantised=None if not is_quantised(model) else str(SaapConfig(**config.quantization_config)),
+        quantised=_quantised(folder),
     )
 
 
@@ -175,6 +177,11 @@ def _check_weights(files: list[Path], model: PreTrainedModel) -> dict[str, int]:
     if in_experts != configured:  # stock files name experts one by one, the model has them in one tensor
         raise ValueError(f"{files[0].parent}: expected {configured:,} weights of experts, got {in_experts:,}")
     return stored
+
+
+def _quantised(folder: Path) -> str | None:
+    described = described_in(folder)
+    return None if described is None else in_words(described)
 
 
 def _written_by(folder: Path) -> str:

@@ -40,7 +40,8 @@ class QuantisedLinear(HeldLinear):
             return super().packed
         _, bits, group_size = self.layout
         assert group_size is not None
-        return empty_packed((self.out_features, self.in_features), bits, group_size, self.qscale.dtype)
+        dtype = (self.like if self.qscale is None else self.qscale).dtype
+        return empty_packed((self.out_features, self.in_features), bits, group_size, dtype)
 
     def pack_stored(self, name: str) -> None:
         """Lay out the stored form that loading has left in the buffers; ValueError names what does not fit."""

@@ -1,8 +1,6 @@
 """transformers' plugin for quant_method "saap": loads quantised checkpoints, and quantises while loading others."""
 
-import json
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import AutoHfQuantizer, HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from saap.families import family_of
@@ -59,21 +57,6 @@ class SaapConfig(QuantizationConfigMixin):
     def leaves(self, name: str) -> bool:
         """Whether the Linear of this name stays as it is."""
         return any(name == each or name.endswith(f".{each}") for each in self.modules_to_not_convert)
-
-
-def refuse_unknown_method(folder: Path) -> None:
-    """Raise ValueError for a model directory whose quant_method transformers does not know: it would ignore it.
-
-    RuntimeError names what is to be installed for one that it knows.
-    """
-    described = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    if described is None:
-        return
-    method = described.get("quant_method") if isinstance(described, dict) else described
-    if method == "compressed-tensors" and find_spec("compressed_tensors") is None:
-        raise RuntimeError(f"{folder} holds compressed-tensors weights: pip install 'saap[compressed-tensors]'")
-    if not isinstance(described, dict) or not AutoHfQuantizer.supports_quant_method({"quant_method": None} | described):
-        raise ValueError(f"{folder / 'config.json'}: unknown quant_method {method!r} in quantization_config")
 
 
 def check_bits(bits: int, group_size: int) -> None:
