@@ -108,6 +108,7 @@ class SaapQuantizer(HfQuantizer):
     def __init__(self, quantization_config: SaapConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.linears: dict[str, nn.Linear] = {}
+        self.failure: ValueError | None = None  # of the first weight that could not be quantised
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         device_map = kwargs.get("device_map")
@@ -128,9 +129,11 @@ class SaapQuantizer(HfQuantizer):
         return kind == "weight" and name in self.linears
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantise(self.quantization_config)
+        return _Quantise(self)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.failure is not None:
+            raise self.failure
         for name, linear in self.linears.items():
             if not isinstance(linear, QuantisedLinear):
                 raise ValueError(f"the checkpoint has no {name}.weight")
@@ -161,8 +164,8 @@ class SaapQuantizer(HfQuantizer):
 class _Quantise(ConversionOps):
     """Takes a weight that was read, and makes its Linear a quantised one."""
 
-    def __init__(self, config: SaapConfig) -> None:
-        self.config = config
+    def __init__(self, quantizer: SaapQuantizer) -> None:
+        self.quantizer = quantizer
 
     def convert(
         self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None,
@@ -170,9 +173,11 @@ class _Quantise(ConversionOps):
     ) -> dict[str, Tensor]:  # fmt: skip
         (values,) = input_dict.values()
         weight = values[0] if isinstance(values, list) else values
-        quantise_linear(
-            model.get_submodule(full_layer_name.rpartition(".")[0]), full_layer_name, self.config, weight=weight
-        )
+        module, config = model.get_submodule(full_layer_name.rpartition(".")[0]), self.quantizer.quantization_config
+        try:
+            quantise_linear(module, full_layer_name, config, weight)
+        except ValueError as error:  # transformers would turn it into a table of all that went wrong
+            self.quantizer.failure = self.quantizer.failure or error
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         return {}  # nothing is left to set
