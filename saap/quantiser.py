@@ -34,7 +34,7 @@ class SaapConfig(QuantizationConfigMixin):
         self, bits: int = 4, group_size: int = 32, modules_to_not_convert: Iterable[str] | None = ("lm_head",),
         version: int = VERSION, **others: Any,
     ) -> None:  # fmt: skip
-        if not isinstance(version, int) or version < 1:
+        if type(version) is not int or version < 1:
             raise ValueError(f"quantization_config: expected version 1 to {VERSION}, got {version!r}")
         if version > VERSION:
             raise ValueError(
@@ -61,9 +61,9 @@ class SaapConfig(QuantizationConfigMixin):
 
 def check_bits(bits: int, group_size: int) -> None:
     """Raise ValueError unless a checkpoint can be quantised so."""
-    if isinstance(bits, bool) or bits not in (8, 4):
+    if type(bits) is not int or bits not in (8, 4):
         raise ValueError(f"bits: expected 8 or 4, got {bits!r}")
-    if isinstance(group_size, bool) or group_size not in GROUPS:
+    if type(group_size) is not int or group_size not in GROUPS:
         raise ValueError(f"group_size: expected one of {', '.join(map(str, GROUPS))}, got {group_size!r}")
 
 
