@@ -1,6 +1,6 @@
 """SAAP: make a language model structurally smaller in one fast pass, and serve it anywhere.
 
-Importing this package lets transformers' Auto classes load pruned checkpoints.
+Importing this package lets transformers' Auto classes load pruned and quantised checkpoints.
 """
 
 from saap.accelerate import Accelerated, accelerate
@@ -18,6 +18,8 @@ from saap.layout import register_template_classes
 from saap.peft_targets import lora_targets
 from saap.plan import LayerPlan, Plan
 from saap.prune import PruneResult, prune
+from saap.quantise import export_quantised, quantise
+from saap.quantiser import SaapConfig
 from saap.report import report
 from saap.scores import Scores
 from saap.search import search
@@ -40,6 +42,7 @@ __all__ = [
     "LayerPlan",
     "Plan",
     "PruneResult",
+    "SaapConfig",
     "Scores",
     "Statistics",
     "Streaming",
@@ -54,10 +57,12 @@ __all__ = [
     "compensation",
     "discover",
     "evaluate",
+    "export_quantised",
     "known_families",
     "load",
     "lora_targets",
     "prune",
+    "quantise",
     "register_family",
     "report",
     "save",

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from saap.evaluate import Evaluation
 from saap.plan import Plan
+from saap.quantised_config import in_words
+from saap.stored_weight import METHOD
 from saap.units import Units
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -100,7 +102,16 @@ def _sizes(model: PreTrainedModel, units: Units, plan: Plan | None) -> list[tupl
     rows += [("layers", str(len(units.layers))), ("KV heads per layer", of_layers("kv_heads"))]
     rows += [("experts per layer", of_layers("experts"))] if mixture else []
     width = "width of each expert per layer" if mixture else "MLP width per layer"
-    return [*rows, (width, of_layers("intermediate_size")), ("class", type(model).__name__)]
+    rows += [(width, of_layers("intermediate_size")), ("class", type(model).__name__)]
+    described = _quantisation(model)
+    if described:
+        dtype = str(model.dtype).removeprefix("torch.")
+        rows.append(("weights of the decoder layers", f"{in_words(described)}; the others {dtype}"))
+    return rows
+
+
+def _quantisation(model: PreTrainedModel) -> dict[str, Any]:
+    return dict(getattr(model.config, "quantization_config", None) or {})
 
 
 def _making(plan: Plan | None, made: Made) -> list[str]:
@@ -136,20 +147,27 @@ def _measured(made: Made) -> list[str]:
 def _loading(model: PreTrainedModel) -> str:
     kind = type(model).__name__
     lines = ["from transformers import AutoModelForCausalLM"]
-    if kind.startswith("Saap"):
+    method = _quantisation(model).get("quant_method")
+    if method == METHOD:
+        lines.append("import saap  # needed: without it transformers draws random weights")
+        lines.append(f'model = AutoModelForCausalLM.from_pretrained("{HERE}")')
+    elif kind.startswith("Saap"):
         lines.append("import saap  # or, without saap installed, trust_remote_code=True below")
         lines.append(f'model = AutoModelForCausalLM.from_pretrained("{HERE}")')
     else:
-        lines.append(f'model = AutoModelForCausalLM.from_pretrained("{HERE}")  # a stock {kind}: no saap needed')
+        needs = "no saap needed" if method is None else "pip install compressed-tensors"
+        lines.append(f'model = AutoModelForCausalLM.from_pretrained("{HERE}")  # a stock {kind}: {needs}')
     return "\n".join(["```python", *lines, "```"])
 
 
 def _serving(model: PreTrainedModel) -> str:
-    need = "with saap installed" if type(model).__name__.startswith("Saap") else "a stock model"
+    method = _quantisation(model).get("quant_method")
+    ours = type(model).__name__.startswith("Saap") or method == METHOD
     lines = [
         (f"saap serve {HERE}", "OpenAI's API on transformers: pip install 'saap[serve]'"),
-        (f"vllm serve {HERE}", f"vLLM, {need}"),
-        (f"saap export {HERE} --gguf model.gguf --type q8_0", "llama.cpp: pip install 'saap[gguf]'"),
+        (f"vllm serve {HERE}", f"vLLM, {'with saap installed' if ours else 'a stock model'}"),
     ]
+    if method is None:
+        lines.append((f"saap export {HERE} --gguf model.gguf --type q8_0", "llama.cpp: pip install 'saap[gguf]'"))
     width = max(len(line) for line, _ in lines)
     return "\n".join(["```", *(f"{line:{width}}  # {remark}" for line, remark in lines), "```"])

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from saap.families import Family, family_of, is_mixture
 from saap.layout import LAYOUTS, adopt, describe_as_mistral, describe_as_stock, describe_as_template, is_template
 from saap.peft_targets import register_peft_targets
 from saap.plan import Plan
+from saap.quantised_config import loading_options, make_plain
 from saap.refuse import refuse_unsupported
 from saap.units import Units, discover
 from saap.version import __version__
@@ -51,7 +53,7 @@ def save(
     refuse_unsupported(model, accelerated=True)
     units = discover(model, accelerated=True)
     plan = plan or getattr(model, PLAN_ATTRIBUTE, None)
-    with _written_whole(target) as folder, _in_layout(model, units, layout) as described:
+    with written_whole(target) as folder, _in_layout(model, units, layout) as described:
         described.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -72,20 +74,23 @@ def refuse_existing(path: Path, force: bool) -> None:
 
 
 def load(path: str | os.PathLike[str], dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-    """Load a dense or pruned causal language model, in the dtype its configuration states unless given.
+    """Load a dense, pruned or quantised causal language model, in the dtype its configuration states unless given.
 
     ``path`` is a directory or a hub name. No code of a checkpoint is run and nothing is unpickled: weights are
-    safetensors. A model with an attention softcap gets eager attention, float64 experts eager products. Raises
+    safetensors, those in compressed-tensors become plain ones. A model with an attention softcap gets eager attention,
+    float64 experts eager products. Raises
     FileNotFoundError for a directory without a configuration, and ValueError naming a damaged or pickled file, a path
     out of the directory, a plan that does not describe the model, or a tensor of another size or missing.
     """
-    folder = Path(path)
+    folder, options = Path(path), dict[str, Any]()
     if folder.exists():
         check_directory(folder)
+        options = loading_options(folder)
     elif folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith("."):
         raise FileNotFoundError(f"no such model directory: {path}")
     register_peft_targets()
-    model = _checked_model(path, {} if dtype is None else {"dtype": dtype})
+    model = _checked_model(path, options | ({} if dtype is None else {"dtype": dtype}))
+    make_plain(model)
     if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")  # sdpa leaves the softcap out; transformers 5.17 takes it all the same
     if is_mixture(model) and model.dtype == torch.float64 and model.config._experts_implementation == "grouped_mm":
@@ -98,10 +103,12 @@ def _checked_model(path: str | os.PathLike[str], options: dict[str, Any]) -> Pre
 
     transformers draws missing tensors at random and drops others, with no more than a warning.
     """
-    model, found = AutoModelForCausalLM.from_pretrained(
-        str(path), use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-        ignore_mismatched_sizes=True, **options,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You passed `quantization_config`")  # to unpack what the files describe
+        model, found = AutoModelForCausalLM.from_pretrained(
+            str(path), use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
     for name, stored, wanted in sorted(found["mismatched_keys"]):
         raise ValueError(f"{path}: the configuration wants {name} of shape {list(wanted)}, the file has {list(stored)}")
     if found["missing_keys"]:
@@ -179,7 +186,7 @@ def _share_weights(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrain
 
 
 @contextmanager
-def _written_whole(target: Path) -> Iterator[Path]:
+def written_whole(target: Path) -> Iterator[Path]:
     """A sibling directory that replaces ``target`` when the context ends well, and vanishes otherwise."""
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}.incomplete-"

@@ -51,8 +51,11 @@ def export(
         else:
             assert out is not None
             if quantised is not None:
-                export_quantised(folder, out, bits=BITS[quantised], group_size=group_size, force=force)
+                bits = BITS[quantised]
+                with console.progress("quantising", "weights") as bar:
+                    export_quantised(folder, out, bits=bits, group_size=group_size, force=force, progress=bar)
             else:
-                export_compressed_tensors(folder, out, group_size=group_size, force=force)
+                with console.progress("quantising", "weights") as bar:
+                    export_compressed_tensors(folder, out, group_size=group_size, force=force, progress=bar)
             written = out
         typer.echo(f"wrote {written}")

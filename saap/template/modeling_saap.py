@@ -10,6 +10,7 @@ import warnings
 
 import transformers
 from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from .configuration_saap import config_class
 
@@ -70,10 +71,18 @@ def share_config(model, layers, config):
                 module.config = sized
 
 
+def refuse_unknown_quantisation(config):
+    """Raise ValueError where transformers would leave the quantised weights of a checkpoint out and draw others."""
+    described = getattr(config, "quantization_config", None)
+    if isinstance(described, dict) and described.get("quant_method") == "saap" and "saap" not in AUTO_QUANTIZER_MAPPING:
+        raise ValueError("this checkpoint holds weights quantised by saap: install saap and import it before loading")
+
+
 class _Resized:
     """Builds the base class with its global sizes, then resizes each layer."""
 
     def __init__(self, config, *args, **kwargs):
+        refuse_unknown_quantisation(config)
         sizes = config.__dict__.pop("_heterogeneity_spec", None)  # the stock constructors read one global size
         try:
             super().__init__(config, *args, **kwargs)
