@@ -61,7 +61,8 @@ class Quantisation:
         return {"weight_packed": [rows, words], "weight_scale": scales, "weight_shape": [2]}
 
     def __str__(self) -> str:
-        return f"int{self.bits} in groups of {self.group_size}"
+        form = "" if self.method == METHOD else f", {self.method} pack-quantized"
+        return f"int{self.bits} in groups of {self.group_size}{form}"
 
 
 def check_weights(files: list[Path], model: PreTrainedModel, quantised: Quantisation | None) -> dict[str, int]:

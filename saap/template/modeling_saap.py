@@ -1,9 +1,8 @@
 """Models whose decoder layers differ in size, for any base family.
 
-``SaapLlamaForCausalLM`` and ``SaapLlamaModel`` build the stock Llama and give every layer's projections the
-sizes that ``config.per_layer_config`` states. ``config.saap_layout`` holds the paths of the layers and
-projections, and which of these have a bias; parts with one path are rows of one Linear. Classes are made on
-request from the name, so one file serves every family. The block of a mixture of experts is built anew.
+``SaapLlamaForCausalLM`` and ``SaapLlamaModel`` build the stock Llama and give every layer's projections the sizes that
+``config.per_layer_config`` states. ``config.saap_layout`` holds the paths of layers and projections, and which of these
+have a bias; parts with one path are rows of one Linear. Classes are made on request. Experts are built anew.
 """
 
 import warnings
@@ -71,18 +70,13 @@ def share_config(model, layers, config):
                 module.config = sized
 
 
-def refuse_unknown_quantisation(config):
-    """Raise ValueError where transformers would leave the quantised weights of a checkpoint out and draw others."""
-    described = getattr(config, "quantization_config", None)
-    if isinstance(described, dict) and described.get("quant_method") == "saap" and "saap" not in AUTO_QUANTIZER_MAPPING:
-        raise ValueError("this checkpoint holds weights quantised by saap: install saap and import it before loading")
-
-
 class _Resized:
     """Builds the base class with its global sizes, then resizes each layer."""
 
     def __init__(self, config, *args, **kwargs):
-        refuse_unknown_quantisation(config)
+        method = dict(getattr(config, "quantization_config", None) or {}).get("quant_method")
+        if method == "saap" and method not in AUTO_QUANTIZER_MAPPING:  # transformers would draw random weights
+            raise ValueError("it holds weights quantised by saap: install saap and import it before loading")
         sizes = config.__dict__.pop("_heterogeneity_spec", None)  # the stock constructors read one global size
         try:
             super().__init__(config, *args, **kwargs)
@@ -105,9 +99,8 @@ class _Resized:
     def init_continuous_batching(self, *args, **kwargs):
         """As the base class, whose paged cache has one number of KV heads; ValueError names a layer of another one."""
         name = self.config.saap_layout["kv_heads"] or self.config.saap_layout["query_heads"]
-        wanted, found = sizes_of(self.config, name), [sizes_of(each, name) for each in self.config.per_layer_config]
-        for index, count in enumerate(found):
-            if count != wanted:
+        for index, sizes in enumerate(self.config.per_layer_config):
+            if (count := sizes_of(sizes, name)) != (wanted := sizes_of(self.config, name)):
                 raise ValueError(f"continuous batching needs {wanted} KV heads per layer; layer {index} has {count}")
         return super().init_continuous_batching(*args, **kwargs)
 

@@ -61,7 +61,7 @@ def test_quantised_directories_are_described_as_what_they_stand_for(tmp_path, bi
 
 def test_compressed_tensors_need_whole_groups(tmp_path) -> None:
     folder = quantised(saved(tmp_path / "m", [(4, 96), (3, 64), (4, 40)]), "compressed-tensors", bits=4)
-    assert model_info(folder).quantised == "int4 in groups of 32"
+    assert model_info(folder).quantised == "int4 in groups of 32, compressed-tensors pack-quantized"
     assert faults(check(folder, "vllm")) == [(1, "attention"), (2, "mlp")]
     ours = quantised(saved(tmp_path / "n", [(4, 96), (3, 64), (4, 40)]), bits=4)
     assert check(ours, "vllm").valid  # the last group may be shorter
