@@ -16,7 +16,10 @@ case "$*" in
     *importlib.metadata*) exit "${LACKS_VLLM:-0}";;
 esac
 """
-SERVED = ("tests/serving/test_server*.py", "tests/serving/test_*transformers.py")
+SERVED = (
+    "tests/serving/test_server*.py", "tests/serving/test_*transformers.py", "tests/serving/test_quantise*.py",
+    "tests/serving/test_compressed_tensors.py",
+)  # fmt: skip
 
 
 def test_the_second_environment_gets_transformers_alone_and_sees_the_first(tmp_path) -> None:
