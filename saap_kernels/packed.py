@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saap_kernels.group_quantise import quantised_in_groups, round_up
+
 VERSION = 1  # of the layout; ops refuse any other
 BITS = (16, 8, 4)
 LINE = 64  # elements: rows, and the pitch of 16-bit and 32-bit weights and of results, are multiples of it
@@ -61,11 +63,6 @@ class PackedWeight:
         return replace(self, data=data, scale=scale, zero=zero)
 
 
-def round_up(count: int, multiple: int) -> int:
-    """The least multiple of ``multiple`` that is at least ``count``."""
-    return -(-count // multiple) * multiple
-
-
 def of_layout(data: Tensor, scale: Tensor | None, zero: Tensor | None, layout: list[int]) -> PackedWeight:
     """The packed weight whose tensors and ``PackedWeight.layout`` these are."""
     rows, columns, bits, group = layout
@@ -86,7 +83,7 @@ def pack(weight: Tensor, *, bits: int = 16, group_size: int | None = None) -> Pa
     if bits == 16:
         return PackedWeight(_padded(weight, round_up(weight.shape[-1], LINE)), tuple(weight.shape), 16)
     group = group_size or GROUP
-    return pack_quantised(*_quantise(weight, bits, group), bits=bits, group_size=group)
+    return pack_quantised(*quantised_in_groups(weight, bits, group), bits=bits, group_size=group)
 
 
 def pack_quantised(quantised: Tensor, scale: Tensor, zero: Tensor, *, bits: int, group_size: int) -> PackedWeight:
@@ -149,30 +146,6 @@ def _padded(tensor: Tensor, columns: int) -> Tensor:
     result = tensor.new_zeros(*tensor.shape[:-2], rows, columns)
     result[..., : tensor.shape[-2], : tensor.shape[-1]] = tensor
     return result
-
-
-def _quantise(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Q as int8 (bits 8) or uint8 (..., N, K); scale and zero (..., N, ceil(K / group)) in the dtype to keep."""
-    kept = torch.float32 if weight.dtype == torch.float64 else weight.dtype
-    steps, lowest = (255, -128) if bits == 8 else (15, 0)
-    columns = weight.shape[-1]
-    width = min(group, columns)
-    # the last group repeats its last weight, which changes neither end of its range
-    values = torch.nn.functional.pad(weight.float(), (0, round_up(columns, width) - columns), mode="replicate")
-    values = values.unflatten(-1, (-1, width))
-    low, high = values.amin(-1), values.amax(-1)
-    scale = ((high - low) / steps).to(kept)
-    # rounded up, so that the steps reach the largest weight
-    scale = torch.where(
-        scale.float() * steps < high - low, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale
-    )
-    zero = (low - lowest * scale.float()).to(kept)
-    if not bool(scale.isfinite().all() & zero.isfinite().all()):
-        raise ValueError(f"weight: expected groups whose range fits {kept}, got values up to {weight.abs().max():.3g}")
-    safe = torch.where(scale > 0, scale.float(), 1.0)[..., None]
-    quantised = ((values - zero.float()[..., None]) / safe).round_().clamp_(lowest, lowest + steps)
-    quantised = quantised.flatten(-2)[..., :columns].to(torch.int8 if bits == 8 else torch.uint8)
-    return quantised, scale, zero
 
 
 def _nibbles(quantised: Tensor) -> Tensor:
