@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saap_kernels.group_quantise import quantised_in_groups, round_up
+from saap_kernels.group_quantise import STORED, quantised_in_groups, round_up
 
 VERSION = 1  # of the layout; ops refuse any other
 BITS = (16, 8, 4)
@@ -96,9 +96,8 @@ def pack_quantised(quantised: Tensor, scale: Tensor, zero: Tensor, *, bits: int,
         raise ValueError(f"bits: expected 8 or 4, got {bits!r}")
     if not isinstance(group_size, int) or group_size < 1 or group_size % GROUP_MULTIPLE:
         raise ValueError(f"group_size: expected a positive multiple of {GROUP_MULTIPLE}, got {group_size!r}")
-    stored = torch.int8 if bits == 8 else torch.uint8
-    if quantised.dtype != stored:
-        raise ValueError(f"quantised: expected {stored} for {bits} bits, got {quantised.dtype}")
+    if quantised.dtype != STORED[bits]:
+        raise ValueError(f"quantised: expected {STORED[bits]} for {bits} bits, got {quantised.dtype}")
     if quantised.ndim not in (2, 3) or (quantised.ndim == 3 and quantised.shape[0] != 2) or 0 in quantised.shape:
         raise ValueError(f"quantised: expected shape (N, K) or (2, N, K), none of them 0, got {tuple(quantised.shape)}")
     if bits == 4 and int(quantised.max()) > 15:
@@ -116,6 +115,12 @@ def pack_quantised(quantised: Tensor, scale: Tensor, zero: Tensor, *, bits: int,
     count = groups[-1]
     packed_scale, packed_zero = _padded(scale, count), _padded(zero, count)
     return PackedWeight(data, tuple(quantised.shape), bits, group_size, packed_scale, packed_zero)
+
+
+def with_levels(packed: PackedWeight, levels: Tensor) -> PackedWeight:
+    """A quantised ``packed`` (N, K) with other ``levels`` (N, K), whole numbers of any dtype within its bits' range."""
+    data = _padded(levels.to(STORED[packed.bits]), round_up(packed.columns, QUANTISED_LINE))
+    return replace(packed, data=_nibbles(data) if packed.bits == 4 else data)
 
 
 def unpack(packed: PackedWeight, *, dtype: torch.dtype | None = None) -> Tensor:
