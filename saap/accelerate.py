@@ -18,6 +18,7 @@ from saap.families import Family, family_of, layers_of, linears_of
 from saap.kernel_choice import timing
 from saap.packed_linear import HeldLinear, Packed, SharedLinear, packed_exactly
 from saap.packed_mlp import GatedMLP
+from saap.quantised_linear import QuantisedLinear, is_quantised
 from saap.refuse import refuse_nonfinite_weights, refuse_unsupported
 from saap_kernels import pack
 from saap_kernels.packed import FLOATS, GROUP_MULTIPLE, LINE
@@ -50,10 +51,15 @@ class Accelerated:
 
     def undo(self) -> None:
         """The model as it was: same modules and parameters, see ``accelerate`` for the values; may be called twice."""
-        for kind in (GatedMLP, SharedLinear, HeldLinear):
-            for module in list(self.model.modules()):
-                if isinstance(module, kind):
-                    module.restore()
+        modules = list(self.model.modules())
+        for module in modules:
+            if isinstance(module, GatedMLP):
+                module.restore()
+        for module in modules:
+            if type(module) in (SharedLinear, HeldLinear):
+                module.restore()  # type: ignore[operator]  # both have it
+            elif isinstance(module, QuantisedLinear):
+                module.as_matrix()
         vars(self.model).pop(ATTRIBUTE, None)
 
     def __enter__(self) -> "Accelerated":
@@ -95,6 +101,9 @@ def accelerate(
     ``measure`` replaces only what a measurement of its shape at one token finds faster (once per process and shape);
     None: on the CPU; on a GPU the ops themselves choose by measured switch points.
 
+    Of a model that saap has quantised, gated MLPs become one op too, with the weights as they are; the other
+    projections run our kernels anyway, and ``bits`` must be None.
+
     Logits are as far from those of exact arithmetic as the plain model's with the weights in the state dict; no bound
     holds between quantised weights and the original ones but ``pack``'s.
 
@@ -129,13 +138,17 @@ def products_of(model: PreTrainedModel) -> Counter[tuple[str, tuple[int, ...]]]:
         linears = linears_of(layer, family)
         if "gate" in linears:
             found["MLP", _mlp_shape(linears)] += 1
-        found.update(("Linear", tuple(each.weight.shape)) for each in dict.fromkeys(linears.values()))
+        found.update(("Linear", _shape(each)) for each in dict.fromkeys(linears.values()))
     return Counter({product: count for product, count in found.items() if 0 not in product[1]})
 
 
+def _shape(linear: nn.Linear) -> tuple[int, int]:
+    return linear.out_features, linear.in_features
+
+
 def _mlp_shape(linears: dict[str, nn.Linear]) -> tuple[int, int, int]:
-    out, width = linears["down"].weight.shape
-    return width, linears["gate"].weight.shape[1], out
+    down = linears["down"]
+    return down.in_features, linears["gate"].in_features, down.out_features
 
 
 def _check(model: PreTrainedModel, bits: int | None, group_size: int | None, keep_weights: bool) -> Family:
@@ -148,7 +161,9 @@ def _check(model: PreTrainedModel, bits: int | None, group_size: int | None, kee
             raise ValueError(f"group_size: expected a positive multiple of {GROUP_MULTIPLE}, got {group_size!r}")
     if keep_weights and bits is None:
         raise ValueError("keep_weights: expected False unless bits is given, got True: nothing is lost without bits")
-    refuse_unsupported(model)
+    refuse_unsupported(model, quantised=True)
+    if bits is not None and is_quantised(model):
+        raise ValueError(f"bits: expected None for a model that is quantised already, got {bits!r}")
     family = family_of(model)
     meta = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     if meta is not None:
@@ -185,7 +200,9 @@ class _Work:
             yield self.linear(layer.get_submodule(path), f"{prefix}.{path}")
 
     def linear(self, linear: Any, name: str) -> Replacement:
-        shape = tuple(linear.weight.shape)
+        shape = _shape(linear)
+        if type(linear) is QuantisedLinear:
+            return Replacement(name, "Linear", shape, True, "quantised: runs our kernel by itself")
         reason = self._refusal(linear) or self._slower(shape, linear)
         if not reason:
             self._convert(linear, 1)
@@ -206,6 +223,8 @@ class _Work:
             for linear, parts in ((gate, 1 + (gate is up)), (up, 1), (down, 1)):
                 if type(linear) is nn.Linear:
                     self._convert(linear, parts)
+                elif parts == 2 and isinstance(linear, QuantisedLinear):
+                    linear.as_pair()
             names = tuple(path.rpartition(".")[2] for path in paths)
             GatedMLP.convert(mlp, names, ACTIVATIONS[type(_activation(mlp)).__name__])  # type: ignore[arg-type]
             reason = PACKED if self.bits is None and isinstance(gate, HeldLinear) else ""
@@ -213,18 +232,20 @@ class _Work:
 
     def _refusal(self, linear: Any) -> str:
         """Why a kernel cannot stand for this Linear, whatever its speed."""
-        if type(linear) is not nn.Linear:
+        if type(linear) not in (nn.Linear, QuantisedLinear):
             return f"a {type(linear).__name__}, not an nn.Linear"
         if "forward" in vars(linear):
             return "has a forward of its own"
-        if 0 in linear.weight.shape:
+        if 0 in _shape(linear):
             return "nothing is left of it"
+        if type(linear) is QuantisedLinear:
+            return ""
         if id(linear.weight) in self.shared:
             return "its weight is tied to another module's"
         return "" if linear.weight.dtype in FLOATS else f"weights of {linear.weight.dtype}"
 
     def _slower(self, shape: tuple[int, ...], linear: Any) -> str:
-        if not self.measure:
+        if not self.measure or type(linear) is QuantisedLinear:
             return ""
         found = timing(shape, self.bits, linear.weight.dtype, linear.weight.device)
         return "" if found.faster else "the library is as fast at this shape"
@@ -260,7 +281,10 @@ def _other_mlp(mlp: nn.Module, path: str, paths: tuple[str, ...]) -> str:
     gate, up, down = (getattr(mlp, each.rpartition(".")[2]) for each in paths)
     if (gate.bias is None) != (up.bias is None):
         return "one of gate and up has a bias"
-    probe = torch.linspace(-1, 1, gate.in_features, dtype=torch.float32).to(gate.weight)[None]
+    if type(gate) is not type(up):
+        return "one of gate and up is quantised"
+    like = gate.qscale if isinstance(gate, QuantisedLinear) else gate.weight
+    probe = torch.linspace(-1, 1, gate.in_features, dtype=torch.float32).to(like)[None]
     g, u = gate(probe).chunk(2, -1) if gate is up else (gate(probe), up(probe))
     name = ACTIVATIONS[type(activation).__name__]
     inner = F.silu(g) * u if name == "silu" else F.gelu(g, approximate="tanh") * u

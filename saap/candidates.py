@@ -7,7 +7,7 @@ from torch import Tensor
 
 from saap.resources import Resource
 from saap.scores import Scores
-from saap.tensor_parallel import allowed_counts, check_split
+from saap.size_rules import SizeRule, allowed_counts
 
 Key = tuple[int, str]  # layer and module
 
@@ -33,21 +33,21 @@ class Candidates:
     @classmethod
     def of(
         cls, scores: Scores, layer: int, module: str, multiple: int, resource: Resource,
-        *, by_unit: bool = False, allow_empty: bool = False, devices: int = 1,
+        *, by_unit: bool = False, allow_empty: bool = False, rule: SizeRule | None = None,
     ) -> "Candidates":  # fmt: skip
         """Candidates of one module; ``by_unit`` takes scores as they are, not per saved resource.
 
-        ``allow_empty`` lets the last KV head or the last multiple of channels go too. What stays can be split over
-        ``devices``; raises ValueError where no size can.
+        ``allow_empty`` lets the last KV head or the last multiple of channels go too. What stays satisfies
+        ``rule``; raises ValueError where no size does.
         """
         sizes = scores.units.layers[layer]
         rows = max(1, sizes.experts) if module == "mlp" else 1
         values, order = scores.layer(layer, module).view(rows, -1).sort(stable=True)
         count = values.shape[1]
         order = order + torch.arange(rows)[:, None] * count
-        allowed = allowed_counts(sizes, module, multiple, devices, allow_empty=allow_empty)
-        if not allowed:
-            check_split(sizes, layer, module, count, devices, " or any smaller size that it may take")
+        allowed = allowed_counts(sizes, module, multiple, rule, allow_empty=allow_empty)
+        if not allowed and rule is not None:
+            rule.check(sizes, layer, module, count, " or any smaller size that it may take")
         ends = count - torch.tensor(allowed)
         whole, cost = resource.module(sizes, module, torch.tensor([count, *allowed]).double() * rows).tensor_split([1])
         saved = (cost[0] - cost).cummax(0).values  # where a smaller size is no faster nothing is saved

@@ -1,61 +1,173 @@
-"""The model card that goes with a pruned checkpoint."""
+"""The model card that goes with a pruned checkpoint, ready for the hub."""
 
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel
 
+from saap.evaluate import Evaluation
 from saap.plan import Plan
+from saap.quantised_config import in_words
+from saap.stored_weight import METHOD
 from saap.units import Units
 
-_CARD = """---
-library_name: transformers
-tags: [pruned, saap]
----
-# {title}
-
-A structurally pruned causal language model: whole KV groups, MLP channels or experts were removed with SAAP {version}.
-
-| | |
-|---|---|
-| parameters | {parameters:,} |
-{removed}| KV heads per layer | {heads} |
-{experts}| {mlp} per layer | {widths} |
-
-## Load it
-
-```python
-{loading}
-```
-"""
-_STOCK = """from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")  # a stock {kind}: nothing else is needed"""
-_TEMPLATE = """from transformers import AutoModelForCausalLM
-import saap  # or, without saap installed, trust_remote_code=True below
-model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")"""
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_DATA = "hub:"
+HERE = "THIS_DIRECTORY"
 
 
-def model_card(model: PreTrainedModel, units: Units, plan: Plan | None, version: str) -> str:
-    """Markdown with sizes, how the model was made, and the lines that load it."""
-    removed = ""
-    if plan is not None:
-        settings = ", ".join(
-            f"{key} {value}"
-            for key, value in plan.settings.items()
-            if value is not None and value is not False and value != []
-        )
-        removed = (
-            f"| removed | {plan.ratio:.2%} of all parameters, {plan.block_ratio:.2%} of the blocks' |\n"
-            f"| made with | {settings} |\n"
-        )
-    kept = ", ".join(str(layer.experts) for layer in units.layers)
+@dataclass(frozen=True)
+class Made:
+    """What the card tells of how a model came to be; of paths it tells the last part alone.
+
+    ``base`` and ``data`` are what the dense model and the calibration text were loaded by, ``measured`` says how much
+    of the text was read, ``command`` is the command line; ``evaluation`` is on the text ``evaluated_on``.
+    """
+
+    base: str = ""
+    data: str | None = None
+    measured: str = ""
+    command: str = ""
+    evaluation: Evaluation | None = None
+    evaluated_on: str | None = None
+
+
+def hub_name(name: str) -> str | None:
+    """``name`` if it is a repository of the hub rather than a path on this machine."""
+    return name if HUB_NAME.fullmatch(name) and not Path(name).exists() else None
+
+
+def told_name(name: str) -> str:
+    """A hub name whole, and of a path the last part: cards travel."""
+    return name if name.startswith(HUB_DATA) or hub_name(name) else Path(name).name
+
+
+def model_card(model: PreTrainedModel, units: Units, plan: Plan | None, version: str, made: Made | None = None) -> str:
+    """Markdown with the hub's metadata, sizes, how the model was made, and the lines that load and serve it."""
+    made = made or Made()
+    title = f"Pruned {told_name(made.base) or units.family}"
+    parts = [
+        f"---\n{_metadata(title, made)}\n# license: left to you; that of the base model holds on\n---",
+        f"# {title}",
+        "A structurally pruned causal language model: whole KV groups, MLP channels or experts were removed with SAAP "
+        f"{version}.",
+        _table(_sizes(model, units, plan)),
+        *_making(plan, made),
+        *_measured(made),
+        "## Load it",
+        _loading(model),
+        "## Serve it",
+        _serving(model),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _metadata(title: str, made: Made) -> str:
+    """The YAML that the hub reads."""
+    values: dict[str, Any] = {"tags": ["pruned", "saap"], "pipeline_tag": "text-generation"}
+    values |= {"library_name": "transformers", "base_model": hub_name(made.base)}
+    if made.data is not None and made.data.startswith(HUB_DATA):
+        values["datasets"] = [made.data.removeprefix(HUB_DATA).partition(":")[0]]
+    if made.evaluation is not None and made.evaluated_on is not None:
+        text = told_name(made.evaluated_on)
+        values["model_name"] = title
+        values["eval_results"] = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=text.removeprefix(HUB_DATA).partition(":")[0],
+                dataset_name=text.removeprefix(HUB_DATA),
+                metric_type="perplexity",
+                metric_value=round(made.evaluation.perplexity, 4),
+                metric_name=f"perplexity in windows of {made.evaluation.seq_len} tokens",
+            )
+        ]
+    return ModelCardData(**values).to_yaml()
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _sizes(model: PreTrainedModel, units: Units, plan: Plan | None) -> list[tuple[str, str]]:
+    def of_layers(name: str) -> str:
+        return ", ".join(str(getattr(layer, name)) for layer in units.layers)
+
     mixture = any(layer.experts for layer in units.layers)
-    template = type(model).__name__.startswith("Saap")
-    return _CARD.format(
-        title=f"Pruned {units.family}",
-        version=version,
-        parameters=units.total_parameters,
-        removed=removed,
-        heads=", ".join(str(layer.kv_heads) for layer in units.layers),
-        widths=", ".join(str(layer.intermediate_size) for layer in units.layers),
-        experts=f"| experts per layer | {kept} |\n" if mixture else "",
-        mlp="width of each expert" if mixture else "MLP width",
-        loading=_TEMPLATE if template else _STOCK.format(kind=type(model).__name__),
-    )
+    rows = [("parameters", f"{units.total_parameters:,}")]
+    if plan is not None:
+        rows.append(("removed", f"{plan.ratio:.2%} of all parameters, {plan.block_ratio:.2%} of the blocks'"))
+    rows += [("layers", str(len(units.layers))), ("KV heads per layer", of_layers("kv_heads"))]
+    rows += [("experts per layer", of_layers("experts"))] if mixture else []
+    width = "width of each expert per layer" if mixture else "MLP width per layer"
+    rows += [(width, of_layers("intermediate_size")), ("class", type(model).__name__)]
+    described = _quantisation(model)
+    if described:
+        dtype = str(model.dtype).removeprefix("torch.")
+        rows.append(("weights of the decoder layers", f"{in_words(described)}; the others {dtype}"))
+    return rows
+
+
+def _quantisation(model: PreTrainedModel) -> dict[str, Any]:
+    return dict(getattr(model.config, "quantization_config", None) or {})
+
+
+def _making(plan: Plan | None, made: Made) -> list[str]:
+    rows = [] if hub_name(made.base) is None else [("base model", made.base)]
+    if made.data is not None:
+        rows.append(("calibration text", told_name(made.data)))
+    if made.measured:
+        rows.append(("measured on", made.measured))
+    if plan is not None:
+        settings = {key: value for key, value in plan.settings.items() if value not in (None, False, [], ())}
+        rows.append(("plan", ", ".join(f"{key} {value}" for key, value in settings.items())))
+        rows.append(("kept units", "`saap_plan.json`: which units every layer keeps"))
+    if not rows and not made.command:
+        return []
+    command = [f"```\n{made.command}\n```"] if made.command else []
+    return ["## How it was made", *command, *([_table(rows)] if rows else [])]
+
+
+def _measured(made: Made) -> list[str]:
+    found = made.evaluation
+    if found is None or made.evaluated_on is None:
+        return []
+    dense = [("dense", found.against)] if found.against is not None else []
+    rows = [
+        f"| {name} | {each.perplexity:.2f} | {each.parameters:,} | {each.kv_cache_bytes_per_token:,} |"
+        for name, each in [*dense, ("pruned", found)]
+    ]
+    header = ["| | perplexity | parameters | KV cache bytes per token |", "|---|---|---|---|"]
+    text = f"On {told_name(made.evaluated_on)}: {found.tokens:,} tokens in windows of {found.seq_len}, {found.dtype}."
+    return ["## Measured", text, "\n".join(header + rows)]
+
+
+def _loading(model: PreTrainedModel) -> str:
+    kind = type(model).__name__
+    lines = ["from transformers import AutoModelForCausalLM"]
+    method = _quantisation(model).get("quant_method")
+    if method == METHOD:
+        lines.append("import saap  # needed: without it transformers draws random weights")
+        lines.append(f'model = AutoModelForCausalLM.from_pretrained("{HERE}")')
+    elif kind.startswith("Saap"):
+        lines.append("import saap  # or, without saap installed, trust_remote_code=True below")
+        lines.append(f'model = AutoModelForCausalLM.from_pretrained("{HERE}")')
+    else:
+        needs = "no saap needed" if method is None else "pip install compressed-tensors"
+        lines.append(f'model = AutoModelForCausalLM.from_pretrained("{HERE}")  # a stock {kind}: {needs}')
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _serving(model: PreTrainedModel) -> str:
+    method = _quantisation(model).get("quant_method")
+    ours = type(model).__name__.startswith("Saap") or method == METHOD
+    lines = [
+        (f"saap serve {HERE}", "OpenAI's API on transformers: pip install 'saap[serve]'"),
+        (f"vllm serve {HERE}", f"vLLM, {'with saap installed' if ours else 'a stock model'}"),
+    ]
+    if method is None:
+        lines.append((f"saap export {HERE} --gguf model.gguf --type q8_0", "llama.cpp: pip install 'saap[gguf]'"))
+    width = max(len(line) for line, _ in lines)
+    return "\n".join(["```", *(f"{line:{width}}  # {remark}" for line, remark in lines), "```"])

@@ -3,24 +3,26 @@
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from saap.card import model_card
+from saap.card import Made, model_card
+from saap.checkpoint_files import PLAN_FILE, check_directory
 from saap.compact import PLAN_ATTRIBUTE
 from saap.families import Family, family_of, is_mixture
 from saap.layout import LAYOUTS, adopt, describe_as_mistral, describe_as_stock, describe_as_template, is_template
+from saap.peft_targets import register_peft_targets
 from saap.plan import Plan
+from saap.quantised_config import loading_options, make_plain
 from saap.refuse import refuse_unsupported
 from saap.units import Units, discover
 from saap.version import __version__
-
-PLAN_FILE = "saap_plan.json"
 
 
 def save(
@@ -32,6 +34,7 @@ def save(
     force: bool = False,
     plan: Plan | None = None,
     also: Callable[[Path], None] | None = None,
+    made: Made | None = None,
 ) -> None:
     """Write ``model`` as a Hugging Face directory with safetensors, plan and model card.
 
@@ -39,7 +42,7 @@ def save(
     "template" writes per-layer sizes and the two template files, for ``import saap`` or
     ``trust_remote_code=True``; "auto" prefers stock. The plan is the one ``compact`` applied, unless given.
     The directory appears at once, complete; ``force`` replaces an existing one only then. ``also`` is called
-    with it before that, to write more files into it.
+    with it before that, to write more files into it. ``made`` is what the card tells beside the plan.
 
     Raises FileExistsError before any work, and ValueError when a stock layout cannot express the sizes.
     """
@@ -50,13 +53,14 @@ def save(
     refuse_unsupported(model, accelerated=True)
     units = discover(model, accelerated=True)
     plan = plan or getattr(model, PLAN_ATTRIBUTE, None)
-    with _written_whole(target) as folder, _in_layout(model, units, layout) as described:
+    with written_whole(target) as folder, _in_layout(model, units, layout) as described:
         described.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if plan is not None:
             plan.save(folder / PLAN_FILE)
-        (folder / "README.md").write_text(model_card(described, units, plan, __version__), encoding="utf-8")
+        card = model_card(described, units, plan, __version__, made or Made(base=model.name_or_path))
+        (folder / "README.md").write_text(card, encoding="utf-8")
         if also is not None:
             also(folder)
 
@@ -70,21 +74,23 @@ def refuse_existing(path: Path, force: bool) -> None:
 
 
 def load(path: str | os.PathLike[str], dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-    """Load a dense or pruned causal language model, in the dtype its configuration states unless given.
+    """Load a dense, pruned or quantised causal language model, in the dtype its configuration states unless given.
 
-    ``path`` is a directory or a hub name. A model with an attention softcap gets eager attention,
+    ``path`` is a directory or a hub name. No code of a checkpoint is run and nothing is unpickled: weights are
+    safetensors, those in compressed-tensors become plain ones. A model with an attention softcap gets eager attention,
     float64 experts eager products. Raises
-    ValueError naming a damaged safetensors file and FileNotFoundError for a directory without a configuration.
+    FileNotFoundError for a directory without a configuration, and ValueError naming a damaged or pickled file, a path
+    out of the directory, a plan that does not describe the model, or a tensor of another size or missing.
     """
-    folder = Path(path)
+    folder, options = Path(path), dict[str, Any]()
     if folder.exists():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"expected a model directory with config.json, found none in {folder}")
-        for file in sorted(folder.glob("*.safetensors")):
-            _check_safetensors(file)
+        check_directory(folder)
+        options = loading_options(folder)
     elif folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith("."):
         raise FileNotFoundError(f"no such model directory: {path}")
-    model = AutoModelForCausalLM.from_pretrained(str(path), **({} if dtype is None else {"dtype": dtype}))
+    register_peft_targets()
+    model = _checked_model(path, options | ({} if dtype is None else {"dtype": dtype}))
+    make_plain(model)
     if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")  # sdpa leaves the softcap out; transformers 5.17 takes it all the same
     if is_mixture(model) and model.dtype == torch.float64 and model.config._experts_implementation == "grouped_mm":
@@ -92,12 +98,24 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype | str | None = None) -
     return model.eval()
 
 
-def _check_safetensors(file: Path) -> None:
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+def _checked_model(path: str | os.PathLike[str], options: dict[str, Any]) -> PreTrainedModel:
+    """The model, all of whose tensors are in its files with the sizes that the configuration states.
+
+    transformers draws missing tensors at random and drops others, with no more than a warning.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You passed `quantization_config`")  # to unpack what the files describe
+        model, found = AutoModelForCausalLM.from_pretrained(
+            str(path), use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        raise ValueError(f"{path}: the configuration wants {name} of shape {list(wanted)}, the file has {list(stored)}")
+    if found["missing_keys"]:
+        raise ValueError(f"{path}: the weights lack {min(found['missing_keys'])}, which the configuration wants")
+    if found["unexpected_keys"] and is_template(model):
+        raise ValueError(f"{path}: the configuration has no place for {min(found['unexpected_keys'])} of the weights")
+    return model
 
 
 @contextmanager
@@ -168,7 +186,7 @@ def _share_weights(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrain
 
 
 @contextmanager
-def _written_whole(target: Path) -> Iterator[Path]:
+def written_whole(target: Path) -> Iterator[Path]:
     """A sibling directory that replaces ``target`` when the context ends well, and vanishes otherwise."""
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}.incomplete-"

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -84,10 +85,25 @@ def progress(title: str, unit: str | None, shown: bool = True) -> Iterator[Bar]:
         yield Bar(bar, title, unit)
 
 
+def announce(text: str) -> None:
+    """Text on stdout at once, also where that is a file or a pipe."""
+    print(text, flush=True)
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     json.dump(value, sys.stdout, indent=2)
     sys.stdout.write("\n")
+
+
+def print_text_table(header: list[str], rows: list[list[str]]) -> None:
+    """A table of sentences, which wrap; the first two columns do not."""
+    table = Table()
+    for index, name in enumerate(header):
+        table.add_column(name, no_wrap=index < 2)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console().print(table)
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from saap.families import PRUNED_PREFIX, Family, known_families, layers_of, linears_of
+from saap.peft_targets import register_peft_targets
 from saap.template import configuration_saap, modeling_saap
 from saap.units import LayerUnits
 
@@ -29,6 +30,7 @@ def register_template_classes() -> None:
         AutoConfig.register(f"{PRUNED_PREFIX}{name}", causal.config_class, exist_ok=True)
         AutoModel.register(causal.config_class, base, exist_ok=True)
         AutoModelForCausalLM.register(causal.config_class, causal, exist_ok=True)
+    register_peft_targets()
 
 
 def is_template(model: PreTrainedModel) -> bool:
@@ -103,6 +105,8 @@ def describe_as_template(
         values["saap_layout"] |= {"experts": count, "sparse_block": family.experts.rpartition(".")[0]}
         if len({sizes.experts for sizes in layers}) == 1:
             values[count] = layers[0].experts  # what is outside of the layers reads this
+            if len({sizes.intermediate_size for sizes in layers}) == 1:
+                values[family.intermediate_size_attribute] = layers[0].intermediate_size  # vLLM reads this one
         elif values.get("output_router_logits"):
             values["output_router_logits"] = False
             warnings.warn(
@@ -110,6 +114,9 @@ def describe_as_template(
                 "layers, which this plan does not leave",
                 stacklevel=2,
             )
+    heads = {(sizes.query_heads, sizes.kv_heads) for sizes in layers}
+    if len(heads) == 1 and family.kv_heads_attribute is not None:  # what caches for all layers at once read
+        values |= dict(zip((family.query_heads_attribute, family.kv_heads_attribute), *heads, strict=True))
     described = configuration_saap.config_class(f"Saap{config_name}")(**values)
     described.per_layer_config = {index: _attributes(config, family, sizes) for index, sizes in enumerate(layers)}
     described.architectures = [f"Saap{causal_name}"]
@@ -126,6 +133,8 @@ def adopt(model: PreTrainedModel, family: Family, config: PreTrainedConfig) -> N
         own = getattr(module, "config", None)
         if getattr(own, "model_config", own) is old:  # itself, or the sized view of a template's module
             module.config = config  # type: ignore[assignment]
+    if template:
+        register_peft_targets()
     if template and not type(model).__name__.startswith("Saap"):
         model.__class__ = modeling_saap.model_class(f"Saap{type(model).__name__}")  # same layout, more methods
     if template:  # saved by its own names: those of the file that it came from are only known for stock models
@@ -151,6 +160,20 @@ def _sizes(config: PreTrainedConfig, family: Family) -> list[tuple[int, int]]:
     per_layer = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
     kv_name = family.kv_heads_attribute or family.query_heads_attribute
     return [(getattr(c, family.query_heads_attribute), getattr(c, kv_name)) for c in per_layer]
+
+
+def sizes_by_layer(config: PreTrainedConfig, family: Family) -> list[dict[str, int]]:
+    """Of every layer what a configuration states: kv_heads, query_heads, intermediate_size, and experts of mixtures."""
+    per_layer = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
+    heads = zip(_sizes(config, family), per_layer, strict=True)
+    found = [
+        {"kv_heads": kv, "query_heads": query, "intermediate_size": getattr(own, family.intermediate_size_attribute)}
+        for (query, kv), own in heads
+    ]
+    if family.experts_attribute is not None:
+        for sizes, own in zip(found, per_layer, strict=True):
+            sizes["experts"] = getattr(own, _own_name(config, family.experts_attribute))
+    return found
 
 
 def _attributes(config: PreTrainedConfig, family: Family, sizes: LayerUnits) -> dict[str, int]:

@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from saap.checkpoint import PLAN_FILE
+from saap.checkpoint_files import PLAN_FILE, check_directory, weight_files
 from saap.cost import cost_of
 from saap.layout import is_template
 from saap.opening import has_tokenizer
 from saap.plan import Plan
 from saap.report import REPORT_FILE
 from saap.tensor_parallel import device_counts
-from saap.units import LayerUnits, discover
-
-WEIGHT_INDEX = "model.safetensors.index.json"
+from saap.units import LayerUnits, Units, discover
+from saap.weight_headers import Quantisation, check_weights
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,8 @@ class ModelInfo:
 
     ``layout`` is "stock" (loads with transformers alone) or "template" (sizes by layer: needs ``import saap``
     or ``trust_remote_code=True``). ``stored`` counts elements by safetensors dtype. ``parameters`` counts tied
-    tensors once. ``weight_bytes`` is what the weight files take, ``disk_bytes`` the whole directory.
+    tensors once, quantised ones by the weights they stand for. ``weight_bytes`` is what the weight files take,
+    ``disk_bytes`` the whole directory. ``units`` and ``config`` are those of the model without quantisation.
     """
 
     path: str
@@ -49,6 +48,14 @@ class ModelInfo:
     report: bool
     written_by: str
     plan: Plan | None
+    units: Units
+    config: PreTrainedConfig
+    quantisation: Quantisation | None = None
+
+    @property
+    def quantised(self) -> str | None:
+        """How the layers' Linears are stored, "int4 in groups of 32", say; None for plain weights."""
+        return None if self.quantisation is None else str(self.quantisation)
 
     @property
     def uniform(self) -> bool:
@@ -66,23 +73,22 @@ class ModelInfo:
         return ", ".join(sorted(self.stored, key=lambda dtype: -self.stored[dtype]))
 
     def to_dict(self) -> dict[str, Any]:
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("layers", "plan")}
+        apart = ("layers", "plan", "units", "config", "quantisation")
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in apart}
         layers = [asdict(layer) for layer in self.layers]
         plan = self.plan
         made = None if plan is None else {
             "removed_share": plan.ratio, "removed_share_of_blocks": plan.block_ratio, "settings": plan.settings,
         }  # fmt: skip
-        own = {"uniform": self.uniform, "tensor_parallel": list(self.tensor_parallel)}
+        own: dict[str, Any] = {"uniform": self.uniform, "tensor_parallel": list(self.tensor_parallel)}
+        own |= {"quantised": self.quantised}
         return values | own | {"layers": layers, "plan": made}
 
 
 def skeleton(folder: Path) -> PreTrainedModel:
-    """The model of a directory without weights, all on the meta device; errors as ``model_info``."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"expected a local model directory, found none at {folder}")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"expected a model directory with config.json, found none in {folder}")
-    config = AutoConfig.from_pretrained(folder)
+    """The model of a directory without weights, on the meta device, quantised or not; errors as ``check_directory``."""
+    config = check_directory(folder)
+    vars(config).pop("quantization_config", None)  # the plain model has the sizes
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
 
@@ -91,14 +97,14 @@ def model_info(path: str | os.PathLike[str]) -> ModelInfo:
     """Describe the model directory at ``path``, dense or pruned.
 
     Raises FileNotFoundError for what is no model directory, ValueError for families that ``discover`` does not
-    know, and, naming the file or tensor, for weights that are missing, damaged or of other sizes than the
-    configuration says.
+    know, for a quantisation that is not known, and, naming the file or tensor, for weights that are missing, damaged
+    or of other sizes than the configuration says.
     """
     folder = Path(path)
-    model = skeleton(folder)
+    model, quantisation = skeleton(folder), _quantisation(folder / "config.json")
     config, units = model.config, discover(model)
-    files = _weight_files(folder)
-    stored = _check_weights(files, model)
+    files = weight_files(folder)
+    stored = check_weights(files, model, quantisation)
     plan_file = folder / PLAN_FILE
     cost = cost_of(model, context=0)
     return ModelInfo(
@@ -120,51 +126,15 @@ def model_info(path: str | os.PathLike[str]) -> ModelInfo:
         report=(folder / REPORT_FILE).is_file(),
         written_by=_written_by(folder),
         plan=Plan.load(plan_file) if plan_file.is_file() else None,
+        units=units,
+        config=config,
+        quantisation=quantisation,
     )
 
 
-EXPERTS = ".experts."  # in the names of their tensors, in files and in models
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the checkpoint: those that its index names, or all there are."""
-    index = folder / WEIGHT_INDEX
-    if index.is_file():
-        try:
-            named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{index} is not an index of safetensors files: {error}") from error
-        for name in named:
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{index} names {name}, which is not in {folder}")
-        return [folder / name for name in named]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"expected .safetensors weights in {folder}, found none")
-    return files
-
-
-def _check_weights(files: list[Path], model: PreTrainedModel) -> dict[str, int]:
-    """Elements by dtype from the files' headers; refuses sizes that are not the configuration's."""
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    stored: dict[str, int] = {}
-    in_experts = 0
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118  # not a mapping
-                    piece = handle.get_slice(name)
-                    shape, dtype = piece.get_shape(), piece.get_dtype()
-                    if name in wanted and shape != wanted[name]:
-                        raise ValueError(f"{file}: expected {name} of shape {wanted[name]}, got {shape}")
-                    stored[dtype] = stored.get(dtype, 0) + torch.Size(shape).numel()
-                    in_experts += torch.Size(shape).numel() if EXPERTS in name else 0
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
-    configured = sum(torch.Size(shape).numel() for name, shape in wanted.items() if EXPERTS in name)
-    if in_experts != configured:  # stock files name experts one by one, the model has them in one tensor
-        raise ValueError(f"{files[0].parent}: expected {configured:,} weights of experts, got {in_experts:,}")
-    return stored
+def _quantisation(config: Path) -> Quantisation | None:
+    found = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
+    return None if found is None else Quantisation.of(found, config)
 
 
 def _written_by(folder: Path) -> str:

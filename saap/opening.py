@@ -41,7 +41,7 @@ def open_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
     folder = Path(path)
     if folder.is_dir() and not has_tokenizer(folder):
         return None
-    return AutoTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def has_tokenizer(folder: Path) -> bool:

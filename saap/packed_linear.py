@@ -80,6 +80,7 @@ class HeldLinear(nn.Linear):
     """
 
     BUFFERS = ("qweight", "qscale", "qzero")  # by the first of these names peft finds the device of what it wraps
+    PERSISTENT = False  # whether the state dict has them
     layout: tuple[tuple[int, ...], int, int | None]
     qweight: Tensor
     qscale: Tensor | None
@@ -95,7 +96,8 @@ class HeldLinear(nn.Linear):
         kept = (weight,) if keep_weight else ()
         module.__dict__.update(kept=kept, trainable=weight.requires_grad)
         module.weight = None  # type: ignore[assignment]  # a parameter may be absent
-        module.register_buffer("like", weight.new_empty(0).detach(), persistent=False)
+        like = torch.empty(0, dtype=weight.dtype, device=packed.data.device)
+        module.register_buffer("like", like, persistent=False)
         module.__class__ = cls
         module.place(packed)  # type: ignore[operator]  # of this class from here on
 
@@ -103,7 +105,7 @@ class HeldLinear(nn.Linear):
         """Keep these tensors as the weight."""
         self.layout = packed.shape, packed.bits, packed.group_size
         for name, tensor in zip(self.BUFFERS, (packed.data, packed.scale, packed.zero), strict=True):
-            self.register_buffer(name, tensor, persistent=False)
+            self.register_buffer(name, tensor, persistent=self.PERSISTENT)
 
     @property
     def packed(self) -> PackedWeight:

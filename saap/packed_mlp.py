@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saap.packed_linear import Packed, cast, half, with_static_addresses
+from saap.packed_linear import HeldLinear, Packed, SharedLinear, cast, half, with_static_addresses
 from saap_kernels import PackedWeight, gated_mlp
 
 
@@ -127,5 +127,5 @@ def _stands_for(module: Any) -> bool:
 
 
 def is_accelerated(model: nn.Module) -> bool:
-    """Whether ``model`` has modules of these classes."""
-    return any(isinstance(module, Packed | GatedMLP) for module in model.modules())
+    """Whether ``accelerate`` has changed ``model``; Linears of a quantised checkpoint are none of its."""
+    return any(isinstance(module, GatedMLP) or type(module) in (SharedLinear, HeldLinear) for module in model.modules())

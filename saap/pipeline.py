@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap import console
 from saap.calibrate import calibrate
+from saap.card import Made
 from saap.checkpoint import refuse_existing, save
 from saap.compact import PLAN_ATTRIBUTE, compact
 from saap.compensate import check_compensate, compensation, refuse_experts
@@ -25,6 +26,7 @@ from saap.resources import named_resource
 from saap.results import Result
 from saap.scores import Scores
 from saap.search import check_ratio
+from saap.serving.targets import check_config
 from saap.stages import Stages
 from saap.statistics import Statistics
 from saap.steps import COMPENSATION_OPTIONS, Recipe, prune_in_steps
@@ -80,6 +82,7 @@ class Job:
     compensation_inputs: str = "auto"
     step_samples: int | None = None
     compensated_scores: bool | str = "auto"
+    command: str = ""
 
     def targets(self) -> dict[float | None, Path]:
         """{ratio: directory}; a plan has the ratio None."""
@@ -112,7 +115,7 @@ class Job:
         if self.save_statistics is not None:
             refuse_existing_file(self.save_statistics, self.force)
         if self.plan_file is not None:
-            Plan.load(self.plan_file)
+            self._plan(self.plan_file)
         if self.statistics_file is not None:
             check_statistics(Statistics.load(self.statistics_file), *self.criteria)
         measured = self.plan_file is not None or self.statistics_file is not None
@@ -131,6 +134,11 @@ class Job:
         """Whether the dense model's statistics are measured here, coupled ones among them."""
         return self.statistics_file is None and self.plan_file is None and needs_coupled(*self.criteria)
 
+    def _plan(self, file: Path) -> Plan:
+        """The plan of a file; raises ValueError unless a target that is asked for takes what it leaves."""
+        plan, target = Plan.load(file), self.search_options.get("target")
+        return plan if target is None else replace(plan, settings=plan.settings | {"target": target})
+
     def recipe(self) -> Recipe:
         """How each ratio is pruned; raises ValueError for a number of steps that is none."""
         return Recipe(
@@ -144,6 +152,7 @@ class Job:
         refuse_experts(units, self.compensate, self.compensation_inputs)
         for ratio in self.ratios:
             check_ratio(units, ratio, **self.search_options)
+        check_config(self.search_options.get("target"), model.config, self.compensate)
         named_resource(self.search_options.get("resource", "parameters")).warn_of_dtype(model.dtype)
         if tokenizer is not None:
             check_tokenizer(model, tokenizer)
@@ -175,10 +184,13 @@ class Job:
                     )
                 result = replace(result, baselines=baselines)
             also = partial(self._report, name, result, pruned, statistics, scores, mine) if self.report else None
+            made = Made(
+                model.name_or_path, self.data, _amount(statistics), self.command, result.evaluation, self.eval_text
+            )
             with mine("save"):
-                save(pruned, target, tokenizer=tokenizer, layout=self.layout, force=self.force, also=also)
-            made = target / REPORT_FILE
-            results.append(replace(result, report=made if made.exists() else None))
+                save(pruned, target, tokenizer=tokenizer, layout=self.layout, force=self.force, also=also, made=made)
+            report = target / REPORT_FILE
+            results.append(replace(result, report=report if report.exists() else None))
         return results
 
     def _report(
@@ -246,7 +258,7 @@ class Job:
     ) -> PreTrainedModel:  # fmt: skip
         """The model pruned by the plan file."""
         assert self.plan_file is not None  # a job has ratios or a plan
-        plan, found = Plan.load(self.plan_file), None
+        plan, found = self._plan(self.plan_file), None
         plan.check_model(discover(model))
         if self.compensate != "none":
             options = {name: self.calibration[name] for name in COMPENSATION_OPTIONS}
@@ -257,3 +269,8 @@ class Job:
         stages.say(1, "prune")
         with watch("compact"):
             return compact(model, plan, found, copy=copy)
+
+
+def _amount(statistics: Statistics | None) -> str:
+    """How much text statistics are of."""
+    return "" if statistics is None else f"{statistics.sequences:,} sequences, {statistics.tokens:,} tokens"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saap.experts import GROUPED_MULTIPLE
-from saap.tensor_parallel import check_devices, check_split
+from saap.serving.targets import check_model, size_rule
 from saap.units import LayerUnits, Units, module_of
 from saap.version import __version__
 
@@ -62,17 +62,19 @@ class Plan:
             sizes.experts and not layer.experts for layer, sizes in zip(self.layers, self.units.layers, strict=True)
         ):
             object.__setattr__(self, "layers", tuple(map(_with_experts, self.layers, self.units.layers)))
-        devices = self.settings.get("tensor_parallel", 1)
-        check_devices(devices)
+        target = self.settings.get("target")
+        rule = size_rule(target, self.settings.get("tensor_parallel", 1))
         for index, (layer, sizes) in enumerate(zip(self.layers, self.units.layers, strict=True)):
             empty = bool(self.settings.get("allow_empty"))
             _check_kept(layer.kv_heads, sizes.kv_heads, f"layer {index}: kv_heads", empty)
             _check_kept(layer.channels, sizes.count("mlp"), f"layer {index}: channels", empty)
             if sizes.experts or layer.experts:
                 _check_experts(layer, sizes, f"layer {index}")
-            if devices != 1:
-                check_split(sizes, index, "attention", len(layer.kv_heads), devices)
-                check_split(sizes, index, "mlp", layer.width, devices)
+            rule.check(sizes, index, "attention", len(layer.kv_heads))
+            rule.check(sizes, index, "mlp", layer.width)
+        if target is not None:
+            alike = len({(layer.width, len(layer.experts)) for layer in self.layers}) == 1
+            check_model(target, self.units, uniform=self.uniform, alike=alike)
         for index in self.units.anchors:
             if self.units.layers[index].kv_heads and not self.layers[index].kv_heads:
                 raise ValueError(

@@ -15,6 +15,7 @@ from saap.plan import Plan
 from saap.resources import Resource, named_resource
 from saap.scores import Scores
 from saap.search import check_ratio
+from saap.serving.targets import check_config
 from saap.statistics import Statistics
 from saap.steps import Recipe, prune_in_steps
 from saap.stopwatch import Stopwatch
@@ -43,7 +44,7 @@ def prune(
     criterion: str | Criterion = "saap",
     method: str = "global",
     fluctuation_weight: float = 0.5,
-    multiple: int = 32,
+    multiple: int | None = None,
     protect: Iterable[int] = (),
     ratio_of: str = "model",
     resource: str | Resource = "parameters",
@@ -51,6 +52,7 @@ def prune(
     allow_empty: bool = False,
     keep_experts: int | None = None,
     tensor_parallel: int = 1,
+    target: str | None = None,
     compensate: str = "none",
     compensation_inputs: str = "auto",
     compensated_scores: bool | str = "auto",
@@ -85,7 +87,7 @@ def prune(
         {
             "ratio_of": ratio_of, "resource": resource, "multiple": multiple, "protect": tuple(protect),
             "uniform": uniform, "allow_empty": allow_empty, "method": method, "fluctuation_weight": fluctuation_weight,
-            "keep_experts": keep_experts, "tensor_parallel": tensor_parallel,
+            "keep_experts": keep_experts, "tensor_parallel": tensor_parallel, "target": target,
         },
         {
             "samples": samples, "seq_len": seq_len, "batch_size": batch_size, "checkpoint": checkpoint,
@@ -98,6 +100,7 @@ def prune(
     check_criterion(criterion, method)
     recipe.check_coupled(given=statistics is not None)
     check_ratio(units, ratio, **recipe.search)
+    check_config(target, model.config, compensate)
     named_resource(resource).warn_of_dtype(model.dtype)
     if steps > 1 and data is None:
         raise ValueError(f"steps={steps} calibrates again after every step: expected data, got none")

@@ -8,12 +8,14 @@ from saap.experts import expert_tensors
 from saap.families import Family, family_named, is_mixture, known_families, layers_of, projections_by_linear
 from saap.host import on_host
 from saap.packed_mlp import is_accelerated
+from saap.quantised_linear import is_quantised
 
 
-def refuse_unsupported(model: PreTrainedModel, *, accelerated: bool = False) -> None:
+def refuse_unsupported(model: PreTrainedModel, *, accelerated: bool = False, quantised: bool | None = None) -> None:
     """Raise ValueError for models whose weights or structure SAAP cannot prune.
 
-    ``accelerated`` lets those pass that ``accelerate`` has changed: what only reads a model can read them.
+    ``accelerated`` lets those pass that ``accelerate`` has changed, ``quantised`` (None: as ``accelerated``) those that
+    saap has quantised: what only reads a model can read them.
     """
     if not isinstance(model, PreTrainedModel):
         kind = type(model).__name__
@@ -22,10 +24,14 @@ def refuse_unsupported(model: PreTrainedModel, *, accelerated: bool = False) -> 
         raise ValueError(f"expected a transformers PreTrainedModel, got {kind}")
     if not accelerated and is_accelerated(model):
         raise ValueError("expected a plain model, got an accelerated one; call undo() of what accelerate() returned")
+    ours = is_quantised(model)
+    if ours and not (accelerated if quantised is None else quantised):
+        raise ValueError("expected 16- or 32-bit weights, got a model quantised by saap; use the one it was made from")
     config = model.config
     if getattr(model, "_hf_peft_config_loaded", False) or any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("expected a plain model, got one with PEFT adapters; merge or delete them first")
-    if getattr(model, "is_quantized", False) or getattr(config, "quantization_config", None) is not None:
+    described = getattr(model, "is_quantized", False) or getattr(config, "quantization_config", None) is not None
+    if described and not ours:
         raise ValueError("expected 16- or 32-bit weights, got a quantised model; load it without quantization_config")
     experts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     if any(vars(config).get(name) for name in experts) and not is_mixture(model):

@@ -146,6 +146,8 @@ def _summary(plan: Plan) -> str:
         whole = "the model's" if plan.settings.get("ratio_of") == "model" else "the decoder layers'"
         asked = f"Asked: {ratio:.2%} of {whole} {plan.settings.get('resource', 'parameters')}. "
     reached = f"Removed: {plan.ratio:.2%} of all parameters, {plan.block_ratio:.2%} of the decoder layers'."
+    target = plan.settings.get("target")
+    reached += "" if target is None else f" Made for {target}."
     return f"{asked}{reached} Family {plan.units.family}, {len(plan.layers)} layers."
 
 

@@ -12,8 +12,10 @@ from saap.experts import GROUPED_MULTIPLE
 from saap.plan import LayerPlan, Plan
 from saap.resources import Resource, named_resource
 from saap.scores import Scores
+from saap.serving.targets import constraints
+from saap.size_rules import SizeRule
 from saap.standardise import with_fluctuation, within_layers
-from saap.tensor_parallel import check_devices, check_split, size_of
+from saap.tensor_parallel import size_of
 from saap.units import MODULES, Units
 
 METHODS = ("global", "standardised", "fluctuation", "uniform")
@@ -28,13 +30,14 @@ def search(
     ratio_of: str = "model",
     method: str = "global",
     fluctuation_weight: float = 0.5,
-    multiple: int = 32,
+    multiple: int | None = None,
     protect: Iterable[int] = (),
     modules: Iterable[str] = MODULES,
     uniform: bool = False,
     allow_empty: bool = False,
     keep_experts: int | None = None,
     tensor_parallel: int = 1,
+    target: str | None = None,
 ) -> Plan:
     """Choose which units to keep so that at least ``ratio`` of a resource is saved.
 
@@ -47,14 +50,15 @@ def search(
     ``standardised`` ranks z-scores, taken per module and layer, as FLAP does; ``fluctuation`` ranks z-scores,
     taken per module over all layers, less ``fluctuation_weight`` times those of the fluctuation over sequences,
     for criteria that have one. ``uniform`` removes the same share of KV heads (nearest allowed number) and then
-    as many channels as the budget still needs from every layer. ``multiple`` divides every kept MLP width that
-    changes; a width that is no larger stays, and the budget has to come from elsewhere. ``protect`` names layers left
-    alone (negative counts from the end). ``uniform=True`` gives all layers the same sizes.
+    as many channels as the budget still needs from every layer. ``multiple`` (32, or what ``target`` asks for) divides
+    every kept MLP width that changes; a width that is no larger stays, and the budget has to come from elsewhere.
+    ``protect`` names layers left alone (negative counts from the end). ``uniform=True`` gives all layers one size.
 
     ``tensor_parallel`` devices can share every layer of the pruned model, as vLLM does it: they divide the width of its
     MLP, or of each expert, and its query heads, and its KV heads are a multiple of them or a divisor of them (then
-    each KV head is copied). Sizes that they cannot share shrink to the next that they can before the search, with
-    ``allow_empty`` to none where there is no other.
+    each KV head is copied). ``target`` names the runtime that must take every layer: "transformers", "vllm",
+    "llama.cpp", "edge" or "gpu", see ``saap.serving.targets``. Sizes that either refuses shrink to the next that it
+    takes before the search, with ``allow_empty`` to none where there is no other.
 
     In a mixture of experts every expert of a layer keeps the same width, ``multiple`` must be one of 8, and
     ``keep_experts`` first drops whole experts: each layer that is not protected keeps so many, those of the
@@ -64,13 +68,17 @@ def search(
     At least one KV head and ``multiple`` channels stay per layer, unless ``allow_empty`` lets whole attentions and
     MLPs, but no experts, go; the attention of ``units.anchors`` stays in any case. Deterministic; ties go to the lower
     layer and index. Raises ValueError for bad options; for unreachable ratios, naming the largest; for ratios below
-    what ``keep_experts`` and ``tensor_parallel`` remove alone; and for layers that ``tensor_parallel`` devices cannot
-    share and that may not shrink, or not far enough.
+    what ``keep_experts``, ``tensor_parallel`` and ``target`` remove alone; for layers that ``tensor_parallel`` devices
+    cannot share, or ``target`` not take, and that may not shrink, or not far enough; for options that contradict
+    ``target``; and for models that it cannot take at all.
     """
     units = scores.units
     protected = _check_protect(protect, len(units.layers))
-    modules = _check_options(method, fluctuation_weight, multiple, tensor_parallel, ratio_of, modules)
+    modules = _check_options(method, fluctuation_weight, multiple, ratio_of, modules)
     _check_uniform(units, uniform, protected)
+    multiple, rule = constraints(
+        target, units, multiple=multiple, tensor_parallel=tensor_parallel, allow_empty=allow_empty, uniform=uniform
+    )
     _check_multiple(units, multiple, modules)
     resource = named_resource(resource)
     resource.check(units)
@@ -81,12 +89,12 @@ def search(
     asked = 0.0 if only_experts else _asked(whole, ratio, budget, resource, ratio_of)
     candidates = _candidates(
         _ranked(left, method, fluctuation_weight), protected, modules, multiple, resource,
-        by_unit=method in ("standardised", "fluctuation"), allow_empty=allow_empty, devices=tensor_parallel,
+        by_unit=method in ("standardised", "fluctuation"), allow_empty=allow_empty, rule=rule,
     )  # fmt: skip
     experts, forced = whole - resource.whole(left.units, ratio_of), sum(c.forced for c in candidates.values())
     gone = experts + forced
     if ratio is not None and asked - gone < -1e-9 * whole:
-        by = {f"keep_experts={keep_experts}": experts, f"tensor_parallel={tensor_parallel}": forced}
+        by = {f"keep_experts={keep_experts}": experts, rule.name: forced}
         _refuse_gone(ratio, gone / whole, [option for option, share in by.items() if share], of_what)
     removed = _removed(candidates, asked, gone, whole, of_what, method, uniform)
     layers = _layers(left.units, candidates, removed)
@@ -97,6 +105,7 @@ def search(
     }  # fmt: skip
     settings |= {} if keep_experts is None else {"keep_experts": keep_experts}
     settings |= {} if tensor_parallel == 1 else {"tensor_parallel": tensor_parallel}
+    settings |= {} if target is None else {"target": target}
     settings |= resource.settings() | ({"fluctuation_weight": fluctuation_weight} if method == "fluctuation" else {})
     return Plan(units, layers, settings)
 
@@ -116,19 +125,19 @@ def _removed(
 
 def _candidates(
     scores: Scores, protected: set[int], modules: tuple[str, ...], multiple: int, resource: Resource, *,
-    by_unit: bool, allow_empty: bool, devices: int,
+    by_unit: bool, allow_empty: bool, rule: SizeRule,
 ) -> dict[Key, Candidates]:  # fmt: skip
     units, found = scores.units, {}
     for layer, sizes in enumerate(units.layers):
         for module in MODULES:
             if layer in protected or module not in modules:
                 why = " of a protected layer" if layer in protected else f" where only {modules[0]} is pruned"
-                check_split(sizes, layer, module, size_of(sizes, module), devices, why)
+                rule.check(sizes, layer, module, size_of(sizes, module), why)
                 continue
             stays = layer in units.anchors if module == "attention" else bool(sizes.experts)
             found[layer, module] = Candidates.of(
                 scores, layer, module, multiple, resource,
-                by_unit=by_unit, allow_empty=allow_empty and not stays, devices=devices,
+                by_unit=by_unit, allow_empty=allow_empty and not stays, rule=rule,
             )  # fmt: skip
     return found
 
@@ -196,15 +205,14 @@ def _check_protect(protect: Iterable[int], layers: int) -> set[int]:
 
 
 def _check_options(
-    method: str, fluctuation_weight: float, multiple: int, tensor_parallel: int, ratio_of: str, modules: Iterable[str]
+    method: str, fluctuation_weight: float, multiple: int | None, ratio_of: str, modules: Iterable[str]
 ) -> tuple[str, ...]:
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     if not math.isfinite(fluctuation_weight):
         raise ValueError(f"fluctuation_weight must be finite; got {fluctuation_weight!r}")
-    if not isinstance(multiple, int) or multiple < 1:
+    if multiple is not None and (not isinstance(multiple, int) or multiple < 1):
         raise ValueError(f"multiple must be a positive integer; got {multiple!r}")
-    check_devices(tensor_parallel)
     if ratio_of not in ("model", "blocks"):
         raise ValueError(f'ratio_of must be "model" or "blocks"; got {ratio_of!r}')
     chosen = tuple(module for module in MODULES if module in tuple(modules))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saap_kernels import PackedWeight
-from saap_kernels.packed import from_nibbles, pack_quantised
+from saap_kernels.packed import LINE, QUANTISED_LINE, from_nibbles, pack_quantised, round_up
 
 METHOD = "saap"
 NAMES = ("qweight", "qscale", "qzero")
@@ -53,3 +53,12 @@ def from_stored(stored: dict[str, Any], columns: int, bits: int, group_size: int
     if bits == 4:
         quantised = torch.stack([quantised & 15, quantised >> 4], -1).flatten(-2)[:, :columns]
     return pack_quantised(quantised, stored["qscale"], stored["qzero"], bits=bits, group_size=group_size)
+
+
+def empty_packed(shape: tuple[int, int], bits: int, group_size: int, dtype: torch.dtype) -> PackedWeight:
+    """A packed weight (N, K) on the meta device, scale and zero of ``dtype``: sizes without values."""
+    rows, columns = shape
+    height, pitch = round_up(rows, LINE), round_up(columns, QUANTISED_LINE) // (8 // bits)
+    data = torch.empty(height, pitch, dtype=torch.int8 if bits == 8 else torch.uint8, device="meta")
+    scale = torch.empty(height, -(-columns // group_size), dtype=dtype, device="meta")
+    return PackedWeight(data, shape, bits, group_size, scale, torch.empty_like(scale))

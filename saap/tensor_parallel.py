@@ -39,30 +39,22 @@ def device_counts(layers: Iterable[LayerUnits]) -> tuple[int, ...]:
     )
 
 
-def allowed_counts(
-    sizes: LayerUnits, module: str, multiple: int, devices: int = 1, *, allow_empty: bool = False
-) -> list[int]:
-    """How many KV heads, or channels of each expert, a layer may keep, falling from what it has, if it may keep that.
-
-    Fewer channels than the layer has are a multiple of ``multiple`` and of ``devices``. None of either is
-    allowed with ``allow_empty`` only, or where there is none.
-    """
-    count, least = size_of(sizes, module), 0 if allow_empty else 1
-    same = [count] if splits(sizes, module, count, devices) else []
-    if module == "attention":
-        return same + [kept for kept in range(count - 1, least - 1, -1) if splits(sizes, module, kept, devices)]
-    step = math.lcm(multiple, devices)
-    return [*same, *range((count - 1) // step * step, least - 1, -step)]
-
-
 def check_split(sizes: LayerUnits, layer: int, module: str, kept: int, devices: int, why: str = "") -> None:
     """Raise ValueError, naming the layer and its sizes, unless ``devices`` can share ``kept`` units of a module."""
-    if splits(sizes, module, kept, devices):
-        return
+    if not splits(sizes, module, kept, devices):
+        has, wanted = described(sizes, module, kept), shareable(module, devices)
+        raise ValueError(f"layer {layer}: tensor_parallel={devices} cannot split {has}{why}; expected {wanted}")
+
+
+def described(sizes: LayerUnits, module: str, kept: int) -> str:
+    """So many units of one layer's ``module`` in words."""
     if module == "mlp":
-        has, wanted = f"{kept} channels", f"a multiple of {devices}"
-        has += " per expert" if sizes.experts else ""
-    else:
-        has = f"{kept} KV heads with {sizes.group} query heads each"
-        wanted = f"a multiple of {devices} KV heads, or a divisor of it with query heads that are a multiple of it"
-    raise ValueError(f"layer {layer}: tensor_parallel={devices} cannot split {has}{why}; expected {wanted}")
+        return f"{kept} channels" + (" per expert" if sizes.experts else "")
+    return f"{kept} KV heads with {sizes.group} query heads each"
+
+
+def shareable(module: str, devices: int) -> str:
+    """What ``splits`` expects, in words."""
+    if module == "mlp":
+        return f"a multiple of {devices}"
+    return f"a multiple of {devices} KV heads, or a divisor of it with query heads that are a multiple of it"

@@ -36,19 +36,26 @@ def export(
     Example: `saap export my-llama-20 --gguf my-llama-20.gguf --type q8_0`
     """
     console.quiet_libraries()
+    notes: list[str] = []
     with console.user_errors(debug):
         if sum(each is not None for each in (gguf, quantised, compressed_tensors)) != 1:
             raise ValueError("give exactly one of --gguf FILE, --quantised int8|int4 and --compressed-tensors int4")
         if (gguf is None) == (out is None):
             raise ValueError("--out DIR goes with --quantised and --compressed-tensors, and not with --gguf FILE")
         if gguf is not None:
-            export_gguf(folder, gguf, kind, force=force)
+            with console.progress("tensors", "tensors") as bar:
+                export_gguf(folder, gguf, kind, force=force, progress=bar, tell=notes.append)
+            for note in notes:
+                typer.echo(f"note: {note}", err=True)
             written = gguf
         else:
             assert out is not None
             if quantised is not None:
-                export_quantised(folder, out, bits=BITS[quantised], group_size=group_size, force=force)
+                bits = BITS[quantised]
+                with console.progress("quantising", "weights") as bar:
+                    export_quantised(folder, out, bits=bits, group_size=group_size, force=force, progress=bar)
             else:
-                export_compressed_tensors(folder, out, group_size=group_size, force=force)
+                with console.progress("quantising", "weights") as bar:
+                    export_compressed_tensors(folder, out, group_size=group_size, force=force, progress=bar)
             written = out
         typer.echo(f"wrote {written}")

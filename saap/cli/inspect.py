@@ -143,6 +143,7 @@ def _print_info(found: ModelInfo) -> None:
         "parameters": f"{found.parameters:,}, of which {found.block_parameters:,} in the decoder layers",
         "hidden size": f"{first.hidden_size:,}; vocabulary {found.vocab_size:,}; positions {setting(found.positions)}",
         "weights": f"{found.dtypes}, {amount(found.weight_bytes, 'bytes')} in {found.weight_files} file(s)",
+        "quantised": found.quantised or "no",
         "directory": amount(found.disk_bytes, "bytes"),
         "KV cache per token": amount(found.kv_cache_bytes_per_token, "bytes"),
         "tensor parallel": setting(found.tensor_parallel),

@@ -1,14 +1,17 @@
 """Options that several commands share, and how their text is read."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from saap.card import told_name
 from saap.criteria import CRITERIA
 from saap.data import FORMS
 from saap.latency import LatencyTable
 from saap.resources import Bytes, Latency, Macs, Resource
+from saap.serving.targets import TARGETS, target_named
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face model directory (dense or pruned) or a hub name.")]
 Data = Annotated[str | None, typer.Option(help=f"Calibration text. {FORMS}")]
@@ -30,7 +33,12 @@ Method = Annotated[
     ),
 ]
 RatioOf = Annotated[Literal["model", "blocks"], typer.Option(help="What the ratio is a share of.")]
-Multiple = Annotated[int, typer.Option(help="Kept MLP widths are multiples of this; of experts a multiple of 8.")]
+Multiple = Annotated[
+    int | None,
+    typer.Option(
+        help="Kept MLP widths are multiples of this; of experts a multiple of 8. Default: 32, or what --for asks."
+    ),
+]
 Protect = Annotated[str, typer.Option(help="Layers left alone, such as 0,1,-1.")]
 Uniform = Annotated[bool, typer.Option("--uniform", help="The same sizes in every layer: saves as a stock model.")]
 FluctuationWeight = Annotated[
@@ -49,6 +57,15 @@ TensorParallel = Annotated[
     typer.Option(
         help="So many devices must be able to share every layer of the pruned model: kept sizes are those that they "
         "can split, as vLLM does."
+    ),
+]
+For = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="|".join(TARGETS),
+        help="The runtime that the pruned model is for: sets multiples and what may stay so that it takes every layer. "
+        "Beside --plan: refuse the plan unless it does.",
     ),
 ]
 ResourceName = Annotated[
@@ -142,22 +159,29 @@ def calibration_options(
 
 def search_options(
     method: str, fluctuation_weight: float, ratio_of: str, resource: str, context: int, latency_table: Path | None,
-    latency_device: str | None, multiple: int, protect: str, uniform: bool, allow_empty: bool,
-    keep_experts: int | None, tensor_parallel: int,
+    latency_device: str | None, multiple: int | None, protect: str, uniform: bool, allow_empty: bool,
+    keep_experts: int | None, tensor_parallel: int, target: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Keyword arguments of ``saap.search`` from the command line's text."""
+    if target is not None:
+        target_named(target)
     return {
         "method": method, "fluctuation_weight": fluctuation_weight, "ratio_of": ratio_of,
         "resource": _resource(resource, context, latency_table, latency_device), "multiple": multiple,
         "protect": layer_indices(protect), "uniform": uniform, "allow_empty": allow_empty,
-        "keep_experts": keep_experts, "tensor_parallel": tensor_parallel,
+        "keep_experts": keep_experts, "tensor_parallel": tensor_parallel, "target": target,
     }  # fmt: skip
 
 
 def refuse_beside_plan(criterion: str, options: dict[str, Any], compensated_scores: str = "auto") -> None:
-    """Raise ValueError for choices that a given plan has made already; ``options`` as of ``search_options``."""
-    defaults = search_options("global", 0.5, "model", "parameters", 0, None, None, 32, "", False, False, None, 1)
-    given = [name for name, value in options.items() if value != defaults[name]]
+    """Raise ValueError for choices that a given plan has made already; ``options`` as of ``search_options``.
+
+    A target is no choice: the plan is checked for it.
+    """
+    defaults = search_options(
+        "global", 0.5, "model", "parameters", 0, None, None, None, "", False, False, None, 1, None
+    )
+    given = [name for name, value in options.items() if name != "target" and value != defaults[name]]
     given += ["criterion"] if criterion != "saap" else []
     given += ["compensated_scores"] if compensated_scores != "auto" else []
     if given:
@@ -176,3 +200,24 @@ def _resource(name: str, context: int, table: Path | None, device: str | None) -
         return Latency(LatencyTable.load(table, device or "this"))
     kinds: dict[str, Resource] = {"macs": Macs(context), "bytes": Bytes(context=context)}
     return kinds.get(name, name)
+
+
+UNTOLD = ("out", "force", "as_json", "debug", "report", "dry_run", "stream_folder", "save_statistics")
+
+
+def given_command(context: typer.Context) -> str:
+    """The command that is running, as it was given, without what says nothing about its result and without folders."""
+    pieces = ["saap", str(context.info_name)]
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE" or name in UNTOLD:
+            continue
+        value = context.params[name]
+        if parameter.param_type_name == "argument":
+            pieces.append(told_name(str(value)))
+        elif isinstance(value, bool):
+            pieces.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+        else:
+            pieces += [max(parameter.opts, key=len), told_name(str(value))]
+    return shlex.join(pieces)

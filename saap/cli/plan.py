@@ -13,6 +13,7 @@ from saap.cli.options import (
     Criterion,
     Debug,
     FluctuationWeight,
+    For,
     Force,
     KeepExperts,
     LatencyDevice,
@@ -51,12 +52,13 @@ def plan(
     context: Context = 0,
     latency_table: LatencyFile = None,
     latency_device: LatencyDevice = None,
-    multiple: Multiple = 32,
+    multiple: Multiple = None,
     protect: Protect = "",
     uniform: Uniform = False,
     allow_empty: AllowEmpty = False,
     keep_experts: KeepExperts = None,
     tensor_parallel: TensorParallel = 1,
+    target: For = None,
     force: Force = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -73,7 +75,7 @@ def plan(
         pipeline.refuse_existing_file(out, force)
         options = search_options(
             method, fluctuation_weight, ratio_of, resource, context, latency_table, latency_device, multiple,
-            protect, uniform, allow_empty, keep_experts, tensor_parallel,
+            protect, uniform, allow_empty, keep_experts, tensor_parallel, target,
         )  # fmt: skip
         found = search(score(Statistics.load(statistics), criterion), ratio, **options)
         found.save(out)

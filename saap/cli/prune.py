@@ -22,6 +22,7 @@ from saap.cli.options import (
     Debug,
     Dtype,
     FluctuationWeight,
+    For,
     Force,
     KeepExperts,
     LatencyDevice,
@@ -43,6 +44,7 @@ from saap.cli.options import (
     TensorParallel,
     Uniform,
     calibration_options,
+    given_command,
     refuse_beside_plan,
     search_options,
 )
@@ -52,6 +54,7 @@ from saap.preview import preview, report_dry_run
 
 
 def prune(
+    invoked: typer.Context,
     model: Model,
     out: Annotated[
         Path, typer.Option(help="Where the pruned model goes (with a sweep: one folder per ratio below it).")
@@ -74,12 +77,13 @@ def prune(
     context: Context = 0,
     latency_table: LatencyFile = None,
     latency_device: LatencyDevice = None,
-    multiple: Multiple = 32,
+    multiple: Multiple = None,
     protect: Protect = "",
     uniform: Uniform = False,
     allow_empty: AllowEmpty = False,
     keep_experts: KeepExperts = None,
     tensor_parallel: TensorParallel = 1,
+    target: For = None,
     compensate: Compensate = "none",
     compensation_inputs: CompensationInputs = "auto",
     compensated_scores: CompensatedScores = "auto",
@@ -115,7 +119,7 @@ def prune(
         refuse_ranks("prune", "calibrate with torchrun, then prune with --statistics")
         options = search_options(
             method, fluctuation_weight, ratio_of, resource, context, latency_table, latency_device, multiple,
-            protect, uniform, allow_empty, keep_experts, tensor_parallel,
+            protect, uniform, allow_empty, keep_experts, tensor_parallel, target,
         )  # fmt: skip
         if plan is not None:
             refuse_beside_plan(criterion, options, compensated_scores)
@@ -124,7 +128,7 @@ def prune(
             options, calibration_options(samples, seq_len, batch_size, checkpoint, backend, seed), layout, force,
             report=report, baselines=tuple(name.strip() for name in baselines.split(",") if name.strip()),
             compensate=compensate, steps=steps, compensation_inputs=compensation_inputs, step_samples=step_samples,
-            compensated_scores=SWITCH[compensated_scores],
+            compensated_scores=SWITCH[compensated_scores], command=given_command(invoked),
         )  # fmt: skip
         job.check_files()
         with console.screen.status("loading the model"):

@@ -1,15 +1,15 @@
 """Models whose decoder layers differ in size, for any base family.
 
-``SaapLlamaForCausalLM`` and ``SaapLlamaModel`` build the stock Llama and give every layer's projections the
-sizes that ``config.per_layer_config`` states. ``config.saap_layout`` holds the paths of the layers and
-projections, and which of these have a bias; parts with one path are rows of one Linear. Classes are made on
-request from the name, so one file serves every family. The block of a mixture of experts is built anew.
+``SaapLlamaForCausalLM`` and ``SaapLlamaModel`` build the stock Llama and give every layer's projections the sizes that
+``config.per_layer_config`` states. ``config.saap_layout`` holds the paths of layers and projections, and which of these
+have a bias; parts with one path are rows of one Linear. Classes are made on request. Experts are built anew.
 """
 
 import warnings
 
 import transformers
 from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from .configuration_saap import config_class
 
@@ -74,6 +74,9 @@ class _Resized:
     """Builds the base class with its global sizes, then resizes each layer."""
 
     def __init__(self, config, *args, **kwargs):
+        method = dict(getattr(config, "quantization_config", None) or {}).get("quant_method")
+        if method == "saap" and method not in AUTO_QUANTIZER_MAPPING:  # transformers would draw random weights
+            raise ValueError("it holds weights quantised by saap: install saap and import it before loading")
         sizes = config.__dict__.pop("_heterogeneity_spec", None)  # the stock constructors read one global size
         try:
             super().__init__(config, *args, **kwargs)
@@ -92,6 +95,14 @@ class _Resized:
     def _can_set_experts_implementation(cls):
         base = getattr(transformers, cls.__name__.removeprefix("Saap"))
         return base._can_set_experts_implementation()  # reads the file of the class for experts; here are none
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As the base class, whose paged cache has one number of KV heads; ValueError names a layer of another one."""
+        name = self.config.saap_layout["kv_heads"] or self.config.saap_layout["query_heads"]
+        for index, sizes in enumerate(self.config.per_layer_config):
+            if (count := sizes_of(sizes, name)) != (wanted := sizes_of(self.config, name)):
+                raise ValueError(f"continuous batching needs {wanted} KV heads per layer; layer {index} has {count}")
+        return super().init_continuous_batching(*args, **kwargs)
 
     def _rebuild(self, layer, path, config):
         old = layer.get_submodule(path)

@@ -17,9 +17,10 @@ from saap.plan import Plan
 from saap.resources import Macs, named_resource
 from saap.scores import Scores
 from saap.search import METHODS, search
+from saap.size_rules import SizeRule, allowed_counts
 from saap.steps import Recipe, prune_in_steps
 from saap.template.modeling_saap import set_head_counts
-from saap.tensor_parallel import allowed_counts, device_counts, splits
+from saap.tensor_parallel import device_counts, splits
 from saap.units import LayerUnits, Units, discover
 from tests.saap.test_calibrate import token_ids
 from tests.saap.test_experts_search import make_units as make_mixture
@@ -77,7 +78,7 @@ def test_the_rule_is_vllm_s() -> None:
 )
 def test_numbers_of_kv_heads_that_may_stay(heads: int, group: int, devices: int, allowed: list[int]) -> None:
     for empty in (False, True):
-        found = allowed_counts(layer_of(heads, group), "attention", 32, devices, allow_empty=empty)
+        found = allowed_counts(layer_of(heads, group), "attention", 32, SizeRule(devices), allow_empty=empty)
         assert found == (allowed + [0] if empty and heads else allowed)
 
 
@@ -96,7 +97,7 @@ def test_numbers_of_kv_heads_that_may_stay(heads: int, group: int, devices: int,
 )
 def test_widths_that_may_stay(width: int, multiple: int, devices: int, allowed: list[int]) -> None:
     for empty in (False, True):
-        found = allowed_counts(layer_of(1, 1, width), "mlp", multiple, devices, allow_empty=empty)
+        found = allowed_counts(layer_of(1, 1, width), "mlp", multiple, SizeRule(devices), allow_empty=empty)
         assert found == (allowed + [0] if empty and width else allowed)
 
 
@@ -204,7 +205,7 @@ def test_the_ranking_is_the_exhaustive_optimum_where_steps_save_the_same(seed: i
 def test_scores_as_they_are_count_per_unit_whatever_a_step_removes(module: str) -> None:
     units = make_units(layers=1, width=45, heads=9)
     five = Scores(units, *(torch.full((units.count(m),), 5.0).double() for m in ("attention", "mlp")))
-    found = Candidates.of(five, 0, module, 5, named_resource("parameters"), by_unit=True, devices=2)
+    found = Candidates.of(five, 0, module, 5, named_resource("parameters"), by_unit=True, rule=SizeRule(2))
     assert found.ends.tolist() == ([1, 3, 5, 7, 8] if module == "attention" else [5, 15, 25, 35])
     assert found.saved[0] == found.lost[0] == 0
     assert found.forced == found.ends[0] * units.layers[0].unit_parameters(module)
