@@ -1,7 +1,7 @@
-"""Low-rank adapters of a weight that is quantised in groups, whose merging is exact: they learn its zero points and levels.
+"""Low-rank adapters of weights quantised in groups, whose merging is exact: they learn zero points and levels.
 
-Zero points, after QA-LoRA (arXiv 2309.14717): y = W~ x + s B A pool(x) with W~ = scale * Q + zero and pool(x) the sum of
-x over each group of inputs is y = (scale * Q + zero + s B A) x. Levels, after LR-QAT (arXiv 2406.06385): Q becomes the
+Zero points, after QA-LoRA (arXiv 2309.14717): y = W~ x + s B A pool(x) with W~ = scale * Q + zero and pool(x) the sum
+of x over each group of inputs is y = (scale * Q + zero + s B A) x. Levels, after LR-QAT (arXiv 2406.06385): Q becomes the
 level nearest to Q + s V U / scale. Products run here with the zero points and levels that merging would leave, in the
 dtype in which they are stored; roundings pass gradients on as they are (straight through), and so do the ends of the
 range of levels.
@@ -22,8 +22,10 @@ from saap_kernels.reference_linear import linear_gradients
 
 @dataclass(frozen=True)
 class Factors:
-    """What an adapter learns of a weight (N, K): zero points s b @ a, a (r, G) and b (N, r); levels s v @ u, u (r, K) and
-    v (N, r), or None for both."""
+    """What an adapter learns of a weight (N, K).
+
+    Zero points change by s b @ a, a (r, G) and b (N, r); levels by s v @ u / scale, u (r, K) and v (N, r), or None.
+    """
 
     a: Tensor
     b: Tensor
@@ -78,7 +80,8 @@ class _Adapted(torch.autograd.Function):
         pooled = pool(x.to(a.dtype), packed.group_size)
         ctx.packed, ctx.scaling = packed, scaling
         ctx.save_for_backward(pooled, None if tensors[2] is None else x, *tensors)
-        return linear(x, merged(packed, Factors(*tensors, scaling)), None if bias is None else bias.to(x.dtype))
+        a, b, u, v = tensors
+        return linear(x, merged(packed, Factors(a, b, u, v, scaling)), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # one gradient comes

@@ -22,7 +22,7 @@ def grouped(values: Tensor, group: int) -> Tensor:
 
 
 def scale_and_zero(low: Tensor, high: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Of groups whose values go from ``low`` to ``high``, fp32, to be kept in ``dtype``; infinite where it is too small."""
+    """Of groups whose values go from ``low`` to ``high``, fp32, in ``dtype``; infinite where that is too small."""
     steps, lowest = LEVELS[bits]
     scale = ((high - low) / steps).to(dtype)
     # rounded up, so that the steps reach the largest weight
@@ -40,7 +40,7 @@ def check_ranges(weight: Tensor, scale: Tensor, zero: Tensor) -> None:
 
 
 def nearest_levels(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Q, fp32, of fp32 ``values`` by a scale and zero of any dtype that broadcast against them; 0 scales give the lowest."""
+    """Q, fp32, of fp32 ``values`` by a scale and zero of any dtype that broadcast against them."""
     steps, lowest = LEVELS[bits]
     safe = torch.where(scale > 0, scale.float(), 1.0)
     return ((values - zero.float()) / safe).round_().clamp_(lowest, lowest + steps)
