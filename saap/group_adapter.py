@@ -1,10 +1,10 @@
 """Low-rank adapters of weights quantised in groups, whose merging is exact: they learn zero points and levels.
 
 Zero points, after QA-LoRA (arXiv 2309.14717): y = W~ x + s B A pool(x) with W~ = scale * Q + zero and pool(x) the sum
-of x over each group of inputs is y = (scale * Q + zero + s B A) x. Levels, after LR-QAT (arXiv 2406.06385): Q becomes the
-level nearest to Q + s V U / scale. Products run here with the zero points and levels that merging would leave, in the
-dtype in which they are stored; roundings pass gradients on as they are (straight through), and so do the ends of the
-range of levels.
+of x over each group of inputs is y = (scale * Q + zero + s B A) x. Levels, after LR-QAT (arXiv 2406.06385): Q becomes
+the level nearest to Q + s V U / scale. Products run here with the zero points and levels that merging would leave, in
+the dtype in which they are stored; roundings pass gradients on as they are (straight through), and so do the ends of
+the range of levels.
 """
 
 from dataclasses import dataclass, replace
