@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saap_kernels.group_quantise import STORED, quantised_in_groups, round_up
+
 VERSION = 1  # of the layout; ops refuse any other
 BITS = (16, 8, 4)
 LINE = 64  # elements: rows, and the pitch of 16-bit and 32-bit weights and of results, are multiples of it
@@ -61,11 +63,6 @@ class PackedWeight:
         return replace(self, data=data, scale=scale, zero=zero)
 
 
-def round_up(count: int, multiple: int) -> int:
-    """The least multiple of ``multiple`` that is at least ``count``."""
-    return -(-count // multiple) * multiple
-
-
 def of_layout(data: Tensor, scale: Tensor | None, zero: Tensor | None, layout: list[int]) -> PackedWeight:
     """The packed weight whose tensors and ``PackedWeight.layout`` these are."""
     rows, columns, bits, group = layout
@@ -86,7 +83,7 @@ def pack(weight: Tensor, *, bits: int = 16, group_size: int | None = None) -> Pa
     if bits == 16:
         return PackedWeight(_padded(weight, round_up(weight.shape[-1], LINE)), tuple(weight.shape), 16)
     group = group_size or GROUP
-    return pack_quantised(*_quantise(weight, bits, group), bits=bits, group_size=group)
+    return pack_quantised(*quantised_in_groups(weight, bits, group), bits=bits, group_size=group)
 
 
 def pack_quantised(quantised: Tensor, scale: Tensor, zero: Tensor, *, bits: int, group_size: int) -> PackedWeight:
@@ -99,9 +96,8 @@ def pack_quantised(quantised: Tensor, scale: Tensor, zero: Tensor, *, bits: int,
         raise ValueError(f"bits: expected 8 or 4, got {bits!r}")
     if not isinstance(group_size, int) or group_size < 1 or group_size % GROUP_MULTIPLE:
         raise ValueError(f"group_size: expected a positive multiple of {GROUP_MULTIPLE}, got {group_size!r}")
-    stored = torch.int8 if bits == 8 else torch.uint8
-    if quantised.dtype != stored:
-        raise ValueError(f"quantised: expected {stored} for {bits} bits, got {quantised.dtype}")
+    if quantised.dtype != STORED[bits]:
+        raise ValueError(f"quantised: expected {STORED[bits]} for {bits} bits, got {quantised.dtype}")
     if quantised.ndim not in (2, 3) or (quantised.ndim == 3 and quantised.shape[0] != 2) or 0 in quantised.shape:
         raise ValueError(f"quantised: expected shape (N, K) or (2, N, K), none of them 0, got {tuple(quantised.shape)}")
     if bits == 4 and int(quantised.max()) > 15:
@@ -119,6 +115,12 @@ def pack_quantised(quantised: Tensor, scale: Tensor, zero: Tensor, *, bits: int,
     count = groups[-1]
     packed_scale, packed_zero = _padded(scale, count), _padded(zero, count)
     return PackedWeight(data, tuple(quantised.shape), bits, group_size, packed_scale, packed_zero)
+
+
+def with_levels(packed: PackedWeight, levels: Tensor) -> PackedWeight:
+    """A quantised ``packed`` (N, K) with other ``levels`` (N, K), whole numbers of any dtype within its bits' range."""
+    data = _padded(levels.to(STORED[packed.bits]), round_up(packed.columns, QUANTISED_LINE))
+    return replace(packed, data=_nibbles(data) if packed.bits == 4 else data)
 
 
 def unpack(packed: PackedWeight, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -149,30 +151,6 @@ def _padded(tensor: Tensor, columns: int) -> Tensor:
     result = tensor.new_zeros(*tensor.shape[:-2], rows, columns)
     result[..., : tensor.shape[-2], : tensor.shape[-1]] = tensor
     return result
-
-
-def _quantise(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Q as int8 (bits 8) or uint8 (..., N, K); scale and zero (..., N, ceil(K / group)) in the dtype to keep."""
-    kept = torch.float32 if weight.dtype == torch.float64 else weight.dtype
-    steps, lowest = (255, -128) if bits == 8 else (15, 0)
-    columns = weight.shape[-1]
-    width = min(group, columns)
-    # the last group repeats its last weight, which changes neither end of its range
-    values = torch.nn.functional.pad(weight.float(), (0, round_up(columns, width) - columns), mode="replicate")
-    values = values.unflatten(-1, (-1, width))
-    low, high = values.amin(-1), values.amax(-1)
-    scale = ((high - low) / steps).to(kept)
-    # rounded up, so that the steps reach the largest weight
-    scale = torch.where(
-        scale.float() * steps < high - low, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale
-    )
-    zero = (low - lowest * scale.float()).to(kept)
-    if not bool(scale.isfinite().all() & zero.isfinite().all()):
-        raise ValueError(f"weight: expected groups whose range fits {kept}, got values up to {weight.abs().max():.3g}")
-    safe = torch.where(scale > 0, scale.float(), 1.0)[..., None]
-    quantised = ((values - zero.float()[..., None]) / safe).round_().clamp_(lowest, lowest + steps)
-    quantised = quantised.flatten(-2)[..., :columns].to(torch.int8 if bits == 8 else torch.uint8)
-    return quantised, scale, zero
 
 
 def _nibbles(quantised: Tensor) -> Tensor:

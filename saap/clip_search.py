@@ -1,0 +1,35 @@
+"""Ranges of quantisation groups that lose least: narrower ones than from the least to the largest weight."""
+
+import torch
+from torch import Tensor
+
+from saap_kernels.group_quantise import nearest_levels, scale_and_zero
+
+SHRINKS = tuple(1 - 0.05 * step for step in range(11))  # of the whole range, 1 to 0.5
+
+
+def searched_scale_and_zero(
+    values: Tensor, bits: int, dtype: torch.dtype, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero (..., G) of groups ``values`` (..., G, g), fp32, by the least sum of squared errors.
+
+    Both ends of a group's range shrink together, by one of ``SHRINKS``; weights beyond them become the nearest step.
+    ``importance`` (G, g) weighs the squared errors, such as the mean square of each input. The search of OmniQuant's
+    and AWQ's clipping, by trial instead of by gradient.
+    """
+    low, high = values.amin(-1), values.amax(-1)
+    best_scale, best_zero = scale_and_zero(low, high, bits, dtype)
+    best = _error(values, best_scale, best_zero, bits, importance)
+    for shrink in SHRINKS[1:]:
+        scale, zero = scale_and_zero(low * shrink, high * shrink, bits, dtype)
+        error = _error(values, scale, zero, bits, importance)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def _error(values: Tensor, scale: Tensor, zero: Tensor, bits: int, importance: Tensor | None) -> Tensor:
+    scale, zero = scale[..., None], zero[..., None]
+    lost = (nearest_levels(values, scale, zero, bits) * scale.float() + zero.float() - values).square()
+    return (lost if importance is None else lost * importance).sum(-1)
