@@ -1,6 +1,7 @@
 """Save and load pruned checkpoints: Hugging Face directories, written whole or not at all."""
 
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -23,6 +24,8 @@ from saap.quantised_config import loading_options, make_plain
 from saap.refuse import refuse_unsupported
 from saap.units import Units, discover
 from saap.version import __version__
+
+OF_A_LAYER = re.compile(r"\.layers\.\d+\..*weight$")
 
 
 def save(
@@ -113,8 +116,10 @@ def _checked_model(path: str | os.PathLike[str], options: dict[str, Any]) -> Pre
         raise ValueError(f"{path}: the configuration wants {name} of shape {list(wanted)}, the file has {list(stored)}")
     if found["missing_keys"]:
         raise ValueError(f"{path}: the weights lack {min(found['missing_keys'])}, which the configuration wants")
-    if found["unexpected_keys"] and is_template(model):
-        raise ValueError(f"{path}: the configuration has no place for {min(found['unexpected_keys'])} of the weights")
+    # stock files may hold what a model has no use for, but not layers beyond those that it has
+    homeless = [name for name in found["unexpected_keys"] if is_template(model) or OF_A_LAYER.search(name)]
+    if homeless:
+        raise ValueError(f"{path}: the configuration has no place for {min(homeless)} of the weights")
     return model
 
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -30,9 +31,14 @@ def check_directory(folder: Path) -> PreTrainedConfig:
         raise FileNotFoundError(f"expected a model directory with config.json, found none in {folder}")
     values = read_object(file)
     _check_code(values, folder)
+    if values.get("transformers_weights") is not None:
+        raise ValueError(f"{file}: transformers_weights names other weight files, which are not read; remove it")
     for weights in weight_files(folder):
         check_safetensors(weights)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{file} is not a configuration that transformers can read: {error}") from error
     if (folder / PLAN_FILE).is_file():
         check_plan(Plan.load(folder / PLAN_FILE), config, folder / PLAN_FILE)
     return config
@@ -40,7 +46,9 @@ def check_directory(folder: Path) -> PreTrainedConfig:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the checkpoint: those that its index names, or all there are."""
-    index = folder / WEIGHT_INDEX
+    index, single = folder / WEIGHT_INDEX, folder / "model.safetensors"
+    if single.is_file():  # what transformers reads where both are there
+        return [single]
     if not index.is_file():
         files = sorted(folder.glob("*.safetensors"))
         if not files:

@@ -25,8 +25,8 @@ DTYPES = {4: "U8", 8: "I8"}  # of qweight, as safetensors calls them
 class SaapConfig(QuantizationConfigMixin):
     """How a checkpoint's Linears are quantised: ``bits`` 8 or 4, ``group_size`` 32, 64 or 128 along a row.
 
-    ``modules_to_not_convert`` names Linears of the decoder layers that stay as they are, in full or by the last
-    component; what is outside of the layers, and the experts' tensors of mixtures, always do. Raises ValueError for
+    ``modules_to_not_convert`` names Linears of the decoder layers that stay as they are, by any end of their names;
+    what is outside of the layers, and the experts' tensors of mixtures, always do. Raises ValueError for
     anything else.
     """
 
@@ -45,7 +45,7 @@ class SaapConfig(QuantizationConfigMixin):
             found = ", ".join(sorted(others)) or f"quant_method {method!r}"
             raise ValueError(f"quantization_config: unknown settings for quant_method {METHOD!r}: {found}")
         check_bits(bits, group_size)
-        names = list(modules_to_not_convert or ())
+        names = list(modules_to_not_convert or ()) if isinstance(modules_to_not_convert, Iterable | None) else [None]
         if isinstance(modules_to_not_convert, str) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"modules_to_not_convert: expected a list of names, got {modules_to_not_convert!r}")
         self.quant_method, self.version, self.bits, self.group_size = METHOD, version, bits, group_size

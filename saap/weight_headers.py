@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from saap.families import family_of, layers_of
+from saap.quantiser import SaapConfig
 from saap.stored_weight import METHOD, stored_shapes
 
 EXPERTS = ".experts."  # in the names of their tensors, in files and in models
@@ -23,7 +24,7 @@ class Quantisation:
     method: str
     bits: int
     group_size: int
-    kept: tuple[str, ...]  # modules left as they were, in full or by their last component
+    kept: tuple[str, ...]  # modules left as they were, by any end of their names
 
     @classmethod
     def of(cls, found: Any, source: Path) -> "Quantisation":
@@ -31,9 +32,13 @@ class Quantisation:
         try:
             method = found["quant_method"]
             if method == METHOD:
-                bits, group, kept = found["bits"], found["group_size"], found.get("modules_to_not_convert") or ()
+                read = SaapConfig(**found)
+                bits, group, kept = read.bits, read.group_size, tuple(read.modules_to_not_convert)
             elif method == "compressed-tensors" and found["format"] == "pack-quantized":
-                (scheme,) = found["config_groups"].values()
+                schemes = list(found["config_groups"].values())
+                if len(schemes) != 1:
+                    raise ValueError(f"{source}: expected one group in config_groups, got {len(schemes)}")
+                (scheme,) = schemes
                 bits, group = scheme["weights"]["num_bits"], scheme["weights"]["group_size"]
                 kept = found.get("ignore") or ()
             else:
@@ -49,7 +54,7 @@ class Quantisation:
 
     def keeps(self, name: str) -> bool:
         """Whether the module ``name`` is left as it was."""
-        return name in self.kept or name.rpartition(".")[2] in self.kept
+        return any(f".{name}".endswith(f".{each}") for each in self.kept)
 
     def tensors(self, shape: tuple[int, int]) -> Shapes:
         """{name: shape} of what stands for a weight (N, K)."""

@@ -125,7 +125,7 @@ async def _answer(request: Request, handler: Any, kind: str) -> Response:
     """Check a request, let transformers' handler answer it, and bring the answer into OpenAI's form."""
     try:
         body = await request.json()
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refused(f"expected JSON as body: {error}") from error
     asked = check_request(body, kind, handler.served.name, handler.served.path)
     ASKED.set(asked)

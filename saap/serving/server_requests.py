@@ -1,5 +1,6 @@
 """What a request of OpenAI's API may ask of the server: checked before any work, refused with the field's name."""
 
+import json
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ IGNORED = (
 )  # fmt: skip
 # What transformers passes to the chat template itself, or what would replace the checkpoint's template.
 RESERVED_TEMPLATE_ARGUMENTS = (
-    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
+    "self", "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
     "continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict",
     "return_assistant_tokens_mask", "tokenizer_kwargs", "load_audio_from_video",
 )  # fmt: skip
@@ -93,6 +94,8 @@ def check_request(body: object, kind: str, model: str, path: str) -> Asked:
     for index, message in enumerate(kept.get("messages", ())):
         _check_message(message, f"messages[{index}]")
     tokens = kept.pop("max_completion_tokens", None) or kept.get("max_tokens")
+    if not kept.get("stop"):
+        kept.pop("stop", None)
     stop = kept.get("stop") or ()
     return Asked(
         kind=kind,
@@ -137,6 +140,17 @@ def _check_message(message: object, name: str) -> None:
         isinstance(c, dict) and isinstance(c.get("function"), dict) for c in calls
     ):
         raise Refused(f"{name}: expected tool_calls to be a list of functions", "messages")
+    for call in calls:
+        if not isinstance(call["function"].get("name"), str) or not _is_object(call["function"].get("arguments")):
+            raise Refused(f"{name}: expected tool_calls with a name and a JSON object as arguments", "messages")
+
+
+def _is_object(arguments: object) -> bool:
+    """Whether a tool call's arguments are a JSON object, as text or as they are."""
+    try:
+        return isinstance(json.loads(arguments) if isinstance(arguments, str) else arguments, dict)
+    except ValueError:
+        return False
 
 
 def _shown(value: object) -> str:

@@ -34,7 +34,7 @@ class StoredFormat:
                 choice = " or ".join(map(str, known))
                 raise ValueError(f'quantization_config ("{METHOD}"): expected {key} {choice}, got {value!r}')
         kept = config.get("modules_to_not_convert") or ()
-        if isinstance(kept, str) or not all(isinstance(name, str) for name in kept):
+        if isinstance(kept, str) or not isinstance(kept, Sequence) or not all(isinstance(name, str) for name in kept):
             raise ValueError(
                 f'quantization_config ("{METHOD}"): expected modules_to_not_convert to be a list of names, got {kept!r}'
             )

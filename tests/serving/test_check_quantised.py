@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from saap.model_info import model_info
 from saap.serving.check import check
 from saap.stored_weight import to_stored
+from saap.weight_headers import Quantisation
 from saap_kernels import pack
 from tests.saap.test_cli import run
 from tests.serving.test_check import ALIGNED, faults, message, rewritten, saved
@@ -100,3 +101,10 @@ def test_damaged_quantised_directories_are_named_with_the_tensor(tmp_path) -> No
         assert told in message(tmp_path / "a", "--for", "vllm")
     config.write_text(json.dumps(body | {"quantization_config": {"quant_method": "saap"}}))
     assert "quantization_config lacks or misshapes 'bits'" in message(tmp_path / "a", "--for", "vllm")
+
+
+def test_modules_may_be_kept_by_any_end_of_their_names() -> None:
+    found = Quantisation("saap", 4, 32, ("lm_head", "self_attn.q_proj", "model.layers.0.mlp.up_proj"))
+    kept = ("lm_head", "model.layers.3.self_attn.q_proj", "model.layers.0.mlp.up_proj")
+    assert all(found.keeps(name) for name in kept)
+    assert not any(found.keeps(name) for name in ("model.layers.1.mlp.up_proj", "model.layers.0.other_attn.q_proj"))
