@@ -47,8 +47,6 @@ def check_directory(folder: Path) -> PreTrainedConfig:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the checkpoint: those that its index names, or all there are."""
     index, single = folder / WEIGHT_INDEX, folder / "model.safetensors"
-    if single.is_file():  # what transformers reads where both are there
-        return [single]
     if not index.is_file():
         files = sorted(folder.glob("*.safetensors"))
         if not files:
@@ -63,7 +61,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise ValueError(f"{index}: expected names of safetensors files in {folder}, got {name!r}")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{index} names {name}, which is not in {folder}")
-    return [folder / name for name in names]
+    return [single] if single.is_file() else [folder / name for name in names]  # where both are there, as transformers
 
 
 def within(name: str) -> bool:

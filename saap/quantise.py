@@ -68,6 +68,8 @@ def export_quantised(
     """
     check_bits(bits, group_size)
     refuse_existing(Path(out), force)
+    if Path(out).resolve() == Path(path).resolve():
+        raise ValueError(f"{out} is the model itself; expected another directory: its weights would be lost")
     model = load(path)
     quantise(model, bits=bits, group_size=group_size, progress=progress)
     save_beside(model, path, out, force)

@@ -66,3 +66,6 @@ def make_plain(model: PreTrainedModel) -> None:
             for name in [*module._parameters, *module._buffers]:
                 if name not in ("weight", "bias"):
                     delattr(module, name)
+        for held in ("_parameters", "_buffers"):  # the library's caches of what it moves between devices
+            if type(vars(module)[held]) is not dict:
+                vars(module)[held] = dict(vars(module)[held].items())

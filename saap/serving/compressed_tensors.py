@@ -50,6 +50,8 @@ def export_compressed_tensors(
     check_bits(BITS, group_size)
     target = Path(out)
     refuse_existing(target, force)
+    if target.resolve() == Path(path).resolve():
+        raise ValueError(f"{target} is the model itself; expected another directory: its weights would be lost")
     model = load(path)
     linears = _linears(model, group_size)
     plan_file, tokenizer = Path(path) / PLAN_FILE, open_tokenizer(os.fspath(path))

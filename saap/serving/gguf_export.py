@@ -78,11 +78,24 @@ def export_gguf(
     _require_gguf()
     model = _checked(source, kind, tell or (lambda text: warnings.warn(text, stacklevel=3)))
     with opened(model.files, model.shapes) as weights:
+        if model.tied:
+            _refuse_another_head(weights, Path(path))
         tensors = entries(weights, model.architecture, model.layers, model.tied, kind)
         _refuse_without_space(target, tensors)
         with _written_whole(target) as file:
             _write(file, model, kind, tensors, weights, progress)
     return target
+
+
+def _refuse_another_head(weights: Weights, folder: Path) -> None:
+    """Raise ValueError for a head beside the embeddings that it is said to share: transformers keeps both."""
+    head, embeddings = "lm_head.weight", "model.embed_tokens.weight"
+    both = {head, embeddings} <= set(weights.names)
+    if both and not np.array_equal(weights.read(head), weights.read(embeddings)):
+        raise ValueError(
+            f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the embeddings; expected it to be "
+            "false in config.json"
+        )
 
 
 def _checked_type(kind: str) -> str:

@@ -28,8 +28,9 @@ class Target:
     the rows of down and of o that pruning shortens; ``hidden_multiple`` the rows of all other projections, which it
     does not. ``empty``: layers may lack their attention or MLP. ``families`` are those it takes, None for all that
     SAAP knows; of them ``tied`` ones with one size for all layers only, unless their head is the input embedding,
-    ``unbiased`` ones without any bias, and all with one of ``activations`` in their MLP. ``mixtures`` of experts:
-    "any", "uniform" (equally many of one width in all layers) or "none". ``types`` of weights can be asked for.
+    ``unbiased`` ones without any bias, and all with one of ``activations`` in their MLP and rotary embeddings of one of
+    the kinds ``ropes``, over whole heads. ``mixtures`` of experts: "any", "uniform" (equally many of one width in all
+    layers) or "none". ``types`` of weights can be asked for.
     ``needs`` are versions, ``instead`` names the targets that take what this one refuses.
     """
 
@@ -44,6 +45,7 @@ class Target:
     tied: tuple[str, ...] = ()
     unbiased: tuple[str, ...] = ()
     activations: tuple[str, ...] | None = None
+    ropes: tuple[str, ...] | None = None
     types: tuple[str, ...] = DIRECTORY_TYPES
     needs: tuple[str, ...] = ()
     instead: str = ""
@@ -82,6 +84,7 @@ TARGETS: Mapping[str, Target] = {
             tied=("qwen3",),
             unbiased=("qwen3",),
             activations=("silu", "swish"),
+            ropes=("default", "linear", "llama3"),
             types=GGUF_TYPES,
             needs=("gguf >= 0.19",),
             instead="transformers or vllm",
@@ -222,6 +225,18 @@ def config_fault(target: Target, config: Any) -> tuple[str, str] | None:
     activation = getattr(config, "hidden_act", None)
     if target.activations is not None and activation not in target.activations:
         return f"MLPs with {' or '.join(target.activations)}, got {activation}", f"use target {target.instead}"
+    return None if target.ropes is None else _rope_fault(target, target.ropes, config)
+
+
+def _rope_fault(target: Target, ropes: tuple[str, ...], config: Any) -> tuple[str, str] | None:
+    values = getattr(config, "rope_parameters", None) or {}
+    kind, part = values.get("rope_type", "default"), values.get("partial_rotary_factor", 1.0)
+    family = str(config.model_type).removeprefix(PRUNED_PREFIX)
+    if kind not in ropes or (kind == "llama3" and family == "qwen3"):
+        wanted = f"rotary embeddings of {' or '.join(ropes)} (llama3 not for qwen3)"
+        return f"{wanted}, got {kind}", f"use target {target.instead}"
+    if part != 1.0:
+        return f"rotary embeddings of whole heads, got partial_rotary_factor {part}", f"use target {target.instead}"
     return None
 
 

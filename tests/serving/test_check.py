@@ -237,3 +237,12 @@ def test_without_a_target_all_are_listed(tmp_path) -> None:
     found = json.loads(run("check", folder, "--json").stdout)
     assert [each["target"] for each in found] == list(TARGETS)
     assert [each["valid"] for each in found] == [each.valid for each in check_all(folder)]
+
+
+@pytest.mark.parametrize(
+    "rope", [{"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "default", "partial_rotary_factor": 0.5}]
+)
+def test_rotary_embeddings_that_llama_cpp_does_not_get_are_a_fault(tmp_path, rope) -> None:
+    folder = saved(tmp_path / "m", ALIGNED, rope_parameters=rope | {"rope_theta": 1e4})
+    found = check(folder, "llama.cpp")
+    assert not found.valid and "rotary embeddings" in str(found) and check(folder, "vllm").valid

@@ -94,13 +94,15 @@ def test_damaged_quantised_directories_are_named_with_the_tensor(tmp_path) -> No
     body = json.loads(config.read_text())
     for change, told in (
         ({"quant_method": "gptq"}, "expected quant_method 'saap', or 'compressed-tensors' in the format"),
-        ({"bits": 3}, "expected 4 or 8 bits in groups, got 3 bits in groups of 32"),
+        ({"bits": 3}, "bits: expected 8 or 4, got 3"),
     ):
         quantisation = body["quantization_config"] | change
         config.write_text(json.dumps(body | {"quantization_config": quantisation}))
         assert told in message(tmp_path / "a", "--for", "vllm")
-    config.write_text(json.dumps(body | {"quantization_config": {"quant_method": "saap"}}))
-    assert "quantization_config lacks or misshapes 'bits'" in message(tmp_path / "a", "--for", "vllm")
+    config.write_text(
+        json.dumps(body | {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}})
+    )
+    assert "quantization_config lacks or misshapes 'config_groups'" in message(tmp_path / "a", "--for", "vllm")
 
 
 def test_modules_may_be_kept_by_any_end_of_their_names() -> None:

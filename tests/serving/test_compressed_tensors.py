@@ -6,6 +6,7 @@ vLLM's CPU kernel for these weights needs AVX-512, and Marlin a GPU: here its ru
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from saap.evaluate import perplexity
 from saap.model_info import model_info
 from saap.opening import open_tokenizer
 from saap.plan import LayerPlan, Plan
+from saap.quantise import export_quantised
 from saap.serving.compressed_tensors import export_compressed_tensors
 from saap.units import discover
 from tests.saap.tiny import DENSE, tiny_model, tiny_tokenizer
@@ -194,3 +196,22 @@ def test_the_trained_model_stays_what_it_was(tmp_path) -> None:
     tokenizer, documents = open_tokenizer(str(SMALL_MODEL)), load_documents(str(SMALL_MODEL / "selection.jsonl"))[:20]
     plain, found = (perplexity(saap.load(each), tokenizer, documents) for each in (SMALL_MODEL, tmp_path / "int4"))
     assert found < 1.04 * plain
+
+
+def test_what_is_loaded_is_a_plain_model_that_can_be_quantised_anew(tmp_path) -> None:
+    saap.save(unequal("llama"), tmp_path / "model")
+    export_compressed_tensors(tmp_path / "model", tmp_path / "int4")
+    model = saap.load(tmp_path / "int4")
+    ids = torch.arange(8)[None]
+    want = model(ids).logits
+    assert all(type(vars(module)["_parameters"]) is dict for module in model.modules())
+    found = saap.quantise(model, bits=8)(ids).logits
+    assert not torch.equal(found, want) and (found - want).abs().max() < 0.1 * want.abs().max()  # 8 bits of 4
+
+
+@pytest.mark.parametrize("export", [export_compressed_tensors, partial(export_quantised, bits=8)])
+def test_a_model_is_not_written_over_itself(tmp_path, export) -> None:
+    saap.save(unequal("llama"), tmp_path / "model")
+    with pytest.raises(ValueError, match="is the model itself"):
+        export(tmp_path / "model", tmp_path / "model/../model", force=True)
+    saap.load(tmp_path / "model")

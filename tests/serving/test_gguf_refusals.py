@@ -186,3 +186,15 @@ def test_without_the_package_the_message_names_the_extra(tmp_path, monkeypatch) 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(RuntimeError, match=r"saap\[gguf\]"):
         export_gguf(tmp_path, tmp_path / "x.gguf", "f16")
+
+
+def test_a_head_that_is_not_the_embeddings_it_is_said_to_share(tmp_path) -> None:
+    """transformers keeps both; a file of tied embeddings has no place for the head."""
+    folder = saved(tmp_path, "qwen2", UNIFORM, tie_word_embeddings=True)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    embeddings = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embeddings.clone()}, file, {"format": "pt"})
+    export_gguf(folder, tmp_path / "same.gguf", "f32")
+    save_file(tensors | {"lm_head.weight": embeddings + 1}, file, {"format": "pt"})
+    assert "lm_head.weight differs from the embeddings" in refused(folder)
