@@ -75,3 +75,15 @@ def test_a_checkpoint_without_chat_template_says_so(tmp_path) -> None:
         with pytest.raises(openai.BadRequestError, match="'plain' has no chat template; use /v1/completions"):
             client.chat.completions.create(model="plain", messages=MESSAGES)
         assert client.completions.create(model="plain", prompt="a", max_tokens=2).usage.completion_tokens == 2
+
+
+def test_an_empty_list_of_stops_asks_for_nothing(client) -> None:
+    assert client.completions.create(model="tiny", prompt="a", max_tokens=2, stop=[]).usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize("function", [{"name": "f", "arguments": "{bad"}, {}, {"name": "f", "arguments": "[1]"}])
+def test_tool_calls_without_an_object_as_arguments_are_refused(client, function: dict) -> None:
+    call = {"id": "1", "type": "function", "function": function}
+    asked = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    with pytest.raises(openai.BadRequestError, match="expected tool_calls with a name and a JSON object"):
+        client.chat.completions.create(model="tiny", messages=asked, max_tokens=2)
