@@ -19,7 +19,7 @@ from saap.kernel_choice import timing
 from saap.packed_linear import HeldLinear, Packed, SharedLinear, packed_exactly
 from saap.packed_mlp import GatedMLP
 from saap.quantised_linear import QuantisedLinear, is_quantised
-from saap.refuse import refuse_nonfinite_weights, refuse_unsupported
+from saap.refuse import refuse_meta, refuse_nonfinite_weights, refuse_unsupported
 from saap_kernels import pack
 from saap_kernels.packed import FLOATS, GROUP_MULTIPLE, LINE
 
@@ -165,9 +165,7 @@ def _check(model: PreTrainedModel, bits: int | None, group_size: int | None, kee
     if bits is not None and is_quantised(model):
         raise ValueError(f"bits: expected None for a model that is quantised already, got {bits!r}")
     family = family_of(model)
-    meta = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-    if meta is not None:
-        raise ValueError(f"model: expected weights in memory, got {meta} on the meta device")
+    refuse_meta(model)
     if bits is not None:
         refuse_nonfinite_weights(model, family)
     return family

@@ -68,7 +68,7 @@ def adapted_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None, factors
     """
     rows = x.reshape(-1, x.shape[-1])
     tensors = (factors.a, factors.b, factors.u, factors.v)
-    found: Tensor = _Adapted.apply(rows, bias, *tensors, packed, factors.scaling)  # type: ignore[no-untyped-call]
+    found: Tensor = _Adapted.apply(rows, bias, *tensors, packed, factors.scaling)  # type: ignore[no-untyped-call]  # torch's own apply has no types
     return found.view(*x.shape[:-1], packed.rows)
 
 

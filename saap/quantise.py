@@ -14,7 +14,7 @@ from saap.families import family_of
 from saap.opening import open_tokenizer
 from saap.plan import Plan
 from saap.quantiser import SaapConfig, SaapQuantizer, check_bits, linears_to_quantise, quantise_linear
-from saap.refuse import refuse_nonfinite_weights, refuse_unsupported
+from saap.refuse import refuse_meta, refuse_nonfinite_weights, refuse_unsupported
 
 Progress = Callable[[int, int], Any]
 
@@ -80,13 +80,6 @@ def save_beside(model: PreTrainedModel, path: str | os.PathLike[str], out: str |
     plan_file = Path(path) / PLAN_FILE
     plan = Plan.load(plan_file) if plan_file.is_file() else None
     save(model, out, tokenizer=open_tokenizer(os.fspath(path)), force=force, plan=plan)
-
-
-def refuse_meta(model: PreTrainedModel) -> None:
-    """Raise ValueError for weights that are not in memory."""
-    meta = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-    if meta is not None:
-        raise ValueError(f"model: expected weights in memory, got {meta} on the meta device")
 
 
 def _refuse_too_wide(linears: dict[str, nn.Linear]) -> None:

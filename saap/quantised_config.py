@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from saap.quantiser import SaapConfig
 from saap.stored_weight import METHOD
+from saap.weight_headers import Quantisation
 
 COMPRESSED = "compressed-tensors"
 
@@ -36,12 +36,11 @@ def described_in(folder: Path) -> dict[str, Any] | None:
 
 def in_words(described: dict[str, Any]) -> str:
     """How the weights of a quantization_config are stored: "int4 in groups of 32", say."""
-    if described["quant_method"] == METHOD:
-        return str(SaapConfig(**described))
-    if described["quant_method"] == COMPRESSED and len(described.get("config_groups") or ()) == 1:
-        (weights,) = (group["weights"] for group in described["config_groups"].values())
-        return f"int{weights['num_bits']} in groups of {weights['group_size']}, {COMPRESSED} {described['format']}"
-    return str(described["quant_method"])
+    method = described["quant_method"]
+    packed = described.get("format") == "pack-quantized" and len(described.get("config_groups") or ()) == 1
+    if method == METHOD or (method == COMPRESSED and packed):
+        return str(Quantisation.of(described, Path("config.json")))
+    return str(method)
 
 
 def loading_options(folder: Path) -> dict[str, Any]:

@@ -45,6 +45,13 @@ def refuse_unsupported(model: PreTrainedModel, *, accelerated: bool = False, qua
         raise ValueError(f"expected a causal language model with an output head, got {type(model).__name__}")
 
 
+def refuse_meta(model: PreTrainedModel) -> None:
+    """Raise ValueError for weights that are not in memory."""
+    meta = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if meta is not None:
+        raise ValueError(f"model: expected weights in memory, got {meta} on the meta device")
+
+
 def refuse_nonfinite_weights(model: PreTrainedModel, family: Family) -> None:
     """Raise ValueError naming the first prunable weight, embedding or head that holds NaN or inf."""
     for index, layer in enumerate(layers_of(model, family)):

@@ -118,10 +118,10 @@ def _stream(given: dict[str, Any]) -> bool:
 def _usage_asked(options: object, stream: bool) -> bool:
     if options is None:
         return False
-    known = isinstance(options, dict) and isinstance(options.get("include_usage", False), bool)
-    if not stream or not known:
+    asked = options.get("include_usage", False) if isinstance(options, dict) else None
+    if not stream or not isinstance(asked, bool):
         raise Refused("stream_options: expected {'include_usage': true} beside stream=true", "stream_options")
-    return bool(options.get("include_usage", False))  # type: ignore[attr-defined]
+    return asked
 
 
 def _check_message(message: object, name: str) -> None:

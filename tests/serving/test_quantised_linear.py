@@ -20,7 +20,7 @@ def make(shape=(97, 33), bits=4, group=32, bias=True, dtype=torch.float32) -> Qu
     torch.manual_seed(0)
     linear = nn.Linear(shape[1], shape[0], bias=bias, dtype=dtype)
     QuantisedLinear.convert(linear, pack(linear.weight, bits=bits, group_size=group))
-    return linear  # type: ignore[return-value]
+    return linear  # type: ignore[return-value]  # of this class from here on
 
 
 @pytest.mark.parametrize("bits", [4, 8])
