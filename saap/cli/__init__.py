@@ -4,7 +4,7 @@ from typing import NoReturn
 
 import typer
 
-from saap.cli import calibrate, check, export, inspect, plan, prune, serve
+from saap.cli import calibrate, check, export, inspect, plan, prune, recover, serve
 
 app = typer.Typer(
     help="Make a language model structurally smaller in one fast pass.\n\n"
@@ -16,6 +16,7 @@ app = typer.Typer(
 app.command("prune")(prune.prune)
 app.command("calibrate")(calibrate.calibrate)
 app.command("plan")(plan.plan)
+app.command("recover")(recover.recover)
 app.command("eval")(inspect.evaluate_command)
 app.command("info")(inspect.info)
 app.command("compare")(inspect.compare)

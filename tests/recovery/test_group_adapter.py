@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from saap.group_adapter import Factors, adapted_linear, merged, pool
+from saap.recovery.group_adapter import Factors, adapted_linear, merged, pool
 from saap_kernels import linear, pack, unpack
 
 RANK, GROUP, SCALING = 4, 32, 0.3

@@ -1,0 +1,94 @@
+"""What a recovery is asked for, checked before anything is loaded, and compared when one is resumed."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from saap.quantiser import check_bits
+
+METHODS = ("groupwise", "lora", "full")
+OBJECTIVES = ("auto", "distillation", "next_token")
+ROUNDINGS = ("nearest", "clip", "gptq")
+LEARNING_RATES = {"groupwise": 1e-2, "lora": 1e-2, "full": 1e-3}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How ``saap.recover`` tunes a model.
+
+    ``method`` "groupwise" quantises the Linears of the decoder layers to ``bits`` in groups of ``group_size``, by
+    ``rounding`` (``saap.quantise``), and learns low-rank changes of their zero points, and of their ``levels``, with
+    ``rank`` and ``alpha``; with ``norms`` the weights of norms learn too. "lora" is LoRA through peft, on weights as
+    they are (``bits`` None) or quantised; "full" trains every weight.
+    ``objective`` "distillation" follows a dense teacher: over its ``top_k`` likeliest tokens (None: all), plus
+    ``next_token`` times the next-token loss, plus ``hidden`` times the distance of hidden states; "next_token" follows
+    the text alone; "auto" is distillation where there is a teacher.
+    Text is packed into sequences of ``seq_len``, ``batch_size`` of them a step in micro-batches of ``micro_batch``
+    (None: all at once); training ends after ``epochs`` of it or ``tokens``, whichever is less (None: no limit by it).
+    AdamW; the ``learning_rate`` (None: ``LEARNING_RATES``) rises over the share ``warmup`` of the steps and falls
+    along a cosine. Held-out text is evaluated, and a checkpoint kept, every ``evaluate_every`` steps (None: ten times
+    in all); after ``patience`` evaluations without a better one training stops (None: never), and the best is taken.
+    Raises ValueError naming what was expected and what came.
+    """
+
+    method: str = "groupwise"
+    bits: int | None = 4
+    group_size: int = 32
+    rounding: str = "gptq"
+    rank: int = 16
+    alpha: float = 16.0
+    levels: bool = True
+    norms: bool = True
+    objective: str = "auto"
+    top_k: int | None = 64
+    next_token: float = 0.0
+    hidden: float = 0.0
+    seq_len: int = 512
+    batch_size: int = 8
+    micro_batch: int | None = None
+    epochs: float = 1.0
+    tokens: int | None = None
+    learning_rate: float | None = None
+    warmup: float = 0.1
+    gradient_checkpointing: bool = False
+    evaluate_every: int | None = None
+    patience: int | None = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("method", METHODS), ("objective", OBJECTIVES), ("rounding", ROUNDINGS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.method == "groupwise" and self.bits is None:
+            raise ValueError("method groupwise tunes quantised weights: expected bits 8 or 4, got None")
+        if self.method == "full" and self.bits is not None:
+            raise ValueError(f"method full trains every weight as it is: expected bits None, got {self.bits}")
+        if self.bits is not None:
+            check_bits(self.bits, self.group_size)
+        for name in ("rank", "batch_size", "seq_len", "micro_batch", "tokens", "evaluate_every", "patience", "top_k"):
+            value = getattr(self, name)
+            if value is None and name not in ("rank", "batch_size", "seq_len"):
+                continue
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        for name in ("alpha", "epochs", "learning_rate"):
+            value = getattr(self, name)
+            if not (value is None and name == "learning_rate") and not 0 < value < float("inf"):
+                raise ValueError(f"{name}: expected a positive number, got {value!r}")
+        for name in ("next_token", "hidden"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)!r}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup: expected a share of the steps in [0, 1), got {self.warmup!r}")
+        if self.batch_size % (self.micro_batch or self.batch_size):
+            raise ValueError(f"micro_batch: expected a divisor of batch_size {self.batch_size}, got {self.micro_batch}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Settings":
+        """Raises ValueError for settings that this version does not know."""
+        unknown = sorted(set(values) - {each.name for each in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown recovery settings: {', '.join(unknown)}")
+        return cls(**values)
