@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from saap.clip_search import searched_scale_and_zero
 from saap_kernels import PackedWeight, pack_quantised
@@ -15,6 +16,7 @@ from saap_kernels.group_quantise import (
 )
 
 DAMPING = 0.01  # of the mean of the Gram matrix's diagonal, GPTQ's
+BLOCK = 128  # columns whose errors reach those behind them in one product: a multiple of every group size
 
 
 def quantise_weight(
@@ -22,16 +24,17 @@ def quantise_weight(
 ) -> PackedWeight:
     """``weight`` (N, K) quantised to W = scale * Q + zero in groups of ``group_size`` along each row.
 
-    Ranges go from the least to the largest weight of a group or, with ``clip``, to where the squared error is least.
-    With ``gram`` (K, K), the sum of x x' over calibration tokens, columns are quantised one after another and what
-    each one loses is made up for by those behind it, so that ||X (W - W~)'||^2 is small (GPTQ, arXiv 2210.17323,
-    without its ordering of columns, which would break the groups); the ranges of a group are then those of the
-    weights as they have become when its turn comes. Inputs that are always zero are left out of it.
-    Raises ValueError for weights whose ranges do not fit their dtype and for a Gram matrix that is not finite.
+    Ranges go from the least to the largest weight of a group or, with ``clip``, to where the squared error is least,
+    weighed by the Gram matrix's diagonal if there is one. With ``gram`` (K, K), the sum of x x' over calibration
+    tokens, columns are quantised one after another and what each one loses is made up for by those behind it, so that
+    ||X (W - W~)'||^2 is small (GPTQ, arXiv 2210.17323, without its ordering of columns, which would break the groups);
+    the ranges of a group are then those of the weights as they have become when its turn comes. Inputs that are always
+    zero are left out of it.
+    Raises ValueError for weights whose ranges do not fit their dtype and for a Gram matrix of another size, not finite,
+    or not of any inputs.
     """
-    importance = None if gram is None else gram.diagonal().float()
     if gram is None:
-        levels, scale, zero = _by_range(weight.float(), weight.dtype, bits, group_size, clip, importance)
+        levels, scale, zero = _by_range(weight.float(), weight.dtype, bits, group_size, clip, None)
     else:
         levels, scale, zero = _compensated(weight, bits, group_size, clip, gram)
     check_ranges(weight, scale, zero)
@@ -42,53 +45,94 @@ def _by_range(
     values: Tensor, dtype: torch.dtype, bits: int, group_size: int, clip: bool, importance: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Q (N, K), scale and zero (N, G) of fp32 weights; ``importance`` (K,)."""
+    scale, zero = _ranges(values, dtype, bits, group_size, clip, importance)
+    levels = nearest_levels(grouped(values, group_size), scale[..., None], zero[..., None], bits)
+    return levels.flatten(-2)[..., : values.shape[-1]], scale, zero
+
+
+def _ranges(
+    values: Tensor, dtype: torch.dtype, bits: int, group_size: int, clip: bool, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero (N, G)."""
     groups, kept = grouped(values, group_size), kept_dtype(dtype)
-    if clip:
-        # columns that only fill up the last group count nothing
-        weights = torch.ones_like(values[0]) if importance is None else importance
-        filled = torch.nn.functional.pad(weights, (0, groups[0].numel() - len(weights)))
-        scale, zero = searched_scale_and_zero(groups, bits, kept, filled.view(groups.shape[-2:]))
-    else:
-        scale, zero = scale_and_zero(groups.amin(-1), groups.amax(-1), bits, kept)
-    levels = nearest_levels(groups, scale[..., None], zero[..., None], bits).flatten(-2)[..., : values.shape[-1]]
-    return levels, scale, zero
+    if not clip:
+        return scale_and_zero(groups.amin(-1), groups.amax(-1), bits, kept)
+    # columns that only fill up the last group count nothing
+    weights = torch.ones_like(values[0]) if importance is None else importance
+    filled = functional.pad(weights, (0, groups[0].numel() - len(weights)))
+    return searched_scale_and_zero(groups, bits, kept, filled.view(groups.shape[-2:]))
 
 
 def _compensated(weight: Tensor, bits: int, group_size: int, clip: bool, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    values = weight.float().clone()
-    columns = values.shape[1]
-    factor, importance = _inverse_factor(gram)
-    factor = factor.to(values)
-    levels, scales, zeros = torch.empty_like(values), [], []
-    for start in range(0, columns, group_size):
-        stop = min(start + group_size, columns)
-        part = importance[start:stop].to(values)
-        _, scale, zero = _by_range(values[:, start:stop], weight.dtype, bits, group_size, clip, part)
-        scales.append(scale)
-        zeros.append(zero)
-        errors = values.new_empty(len(values), stop - start)
-        for column in range(start, stop):
-            own = values[:, column : column + 1]
-            found = nearest_levels(own, scale, zero, bits)
-            lost = (own - (found * scale.float() + zero.float())) / factor[column, column]
-            values[:, column:stop] -= lost * factor[column, column:stop]
-            levels[:, column : column + 1], errors[:, column - start : column - start + 1] = found, lost
-        values[:, stop:] -= errors @ factor[start:stop, stop:]
-    return levels, torch.cat(scales, -1), torch.cat(zeros, -1)
+    """Q (N, K), scale and zero (N, G).
 
-
-def _inverse_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Upper Cholesky factor of the inverse of the damped Gram matrix, float64, and its diagonal before damping.
-
-    Inputs that are always zero are independent of the others in it.
+    Of the factor R of ``_factor``, ||X D'||^2 is the sum over columns c of |sum over j <= c of R[j, c] D[:, j]|^2 for
+    D = W - W~. Columns behind c can make all but the terms up to c vanish, so each one is rounded from what makes its
+    own term zero: W[:, c] + sum over j < c of R[j, c] / R[c, c] D[:, j]. That is GPTQ's update with one factorisation
+    instead of an inverse (arXiv 2507.18553). Columns are rows here, so that each is one piece of memory.
     """
+    rows, columns = weight.shape
+    lower, importance = _factor(gram, columns)
+    lower, importance = lower.to(weight.device), importance.to(weight.device, torch.float32)
+    levels = weight.new_empty((columns, rows), dtype=STORED[bits])
+    carried = torch.zeros((columns, rows), device=weight.device)  # what the columns in front hand over
+    scales, zeros = [], []
+    for first in range(0, columns, BLOCK):
+        last = min(first + BLOCK, columns)
+        own = weight[:, first:last].float().T.contiguous()  # [B, N]
+        values, lost = own + carried[first:last], torch.empty_like(own)
+        among = _handed_over(lower, first, last, first, last)  # [B, B]
+        for start in range(0, last - first, group_size):
+            part = slice(start, min(start + group_size, last - first))
+            given = importance[first:last][part]
+            scale, zero = _ranges(values[part].T, weight.dtype, bits, group_size, clip, given)
+            _round(values[part], own[part], among[part, part], scale[:, 0], zero[:, 0], bits, lost[part])
+            levels[first:last][part] = values[part].to(STORED[bits])
+            values[part.stop :].addmm_(among[part, part.stop :].T, lost[part])
+            scales.append(scale)
+            zeros.append(zero)
+        if last < columns:
+            carried[last:].addmm_(_handed_over(lower, first, last, last, columns).T, lost)
+    return levels.T, torch.cat(scales, -1), torch.cat(zeros, -1)
+
+
+def _round(
+    values: Tensor, own: Tensor, among: Tensor, scale: Tensor, zero: Tensor, bits: int, lost: Tensor
+) -> None:  # fmt: skip
+    """Make ``values`` (g, N) of one group its levels, and ``lost`` (g, N) what these lack of the weights ``own``."""
+    step, lowest = scale.float(), zero.float()
+    for column in range(len(values)):
+        value = values[column]
+        if column:
+            value.addmv_(lost[:column].T, among[:column, column])
+        value.copy_(nearest_levels(value, scale, zero, bits))
+        torch.sub(own[column], value * step + lowest, out=lost[column])
+
+
+def _factor(gram: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """The damped Gram matrix as R R' with R upper triangular, and the diagonal before damping; float64.
+
+    R comes with rows and columns in reverse order, as a lower Cholesky factor. Inputs that are always zero are
+    independent of the others in it.
+    """
+    if gram.shape != (columns, columns):
+        raise ValueError(f"gram: expected shape {(columns, columns)} for {columns} inputs, got {tuple(gram.shape)}")
     if not bool(gram.isfinite().all()):
         raise ValueError("gram: expected a finite matrix, got NaN or infinity")
-    damped = gram.double().clone()
+    damped = gram.flip(0, 1).double()
     diagonal = damped.diagonal()
-    importance = diagonal.clone()
-    mean = float(diagonal[diagonal > 0].mean()) if bool((diagonal > 0).any()) else 1.0
+    importance = diagonal.flip(0)
+    mean = float(importance[importance > 0].mean()) if bool((importance > 0).any()) else 1.0
     diagonal += DAMPING * mean
-    diagonal[importance == 0] = mean
-    lower = torch.linalg.cholesky(damped)
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True), importance
+    diagonal[importance.flip(0) == 0] = mean
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        raise ValueError("gram: expected a positive semi-definite matrix, got one with negative eigenvalues")
+    return lower, importance
+
+
+def _handed_over(lower: Tensor, first: int, last: int, start: int, stop: int) -> Tensor:
+    """R[j, c] / R[c, c] for columns j of ``first`` to ``last`` and c of ``start`` to ``stop``, fp32."""
+    whole = len(lower)
+    part = lower[whole - last : whole - first, whole - stop : whole - start].flip(0, 1)
+    return (part / lower.diagonal().flip(0)[start:stop]).float()
