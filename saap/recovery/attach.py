@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from saap.families import family_of
 from saap.quantised_linear import QuantisedLinear, is_quantised
-from saap.recovery.adapted_linear import AdaptedLinear, adapted_linears, group_count, new_factors
+from saap.recovery.adapted_linear import AdaptedLinear, adapted_linears, new_factors
 from saap.recovery.group_adapter import Factors
 from saap.recovery.learned_norms import LearnedNorms
 from saap.recovery.settings import Settings
@@ -106,9 +106,9 @@ def attach_groupwise(model: PreTrainedModel, settings: Settings) -> Groupwise:
     return Groupwise(model, factors, settings.norms)
 
 
-def refuse_rank(name: str, module: QuantisedLinear, settings: Settings) -> None:
-    """Raise ValueError for a rank that a Linear has no room for."""
-    smallest, groups = min(module.in_features, module.out_features), group_count(module)
+def refuse_rank(name: str, module: nn.Linear, settings: Settings) -> None:
+    """Raise ValueError for a rank that a Linear, quantised or yet to be, has no room for."""
+    smallest, groups = min(module.in_features, module.out_features), -(-module.in_features // settings.group_size)
     if settings.levels and settings.rank > smallest:
         raise ValueError(
             f"rank: expected at most {smallest}, the smaller side of {name} "

@@ -123,8 +123,20 @@ def check_models(model: PreTrainedModel, teacher: PreTrainedModel | None, settin
         _check_quantised(model, settings)
     else:
         refuse_nonfinite_weights(model, family_of(model))
-    if teacher is None:
-        return
+    if settings.method == "groupwise":
+        _check_ranks(model, settings)
+    if teacher is not None:
+        _check_teacher(model, teacher, settings)
+
+
+def _check_ranks(model: PreTrainedModel, settings: Settings) -> None:
+    from saap.recovery.attach import decoder_linears, refuse_rank
+
+    for name in decoder_linears(model):
+        refuse_rank(name, model.get_submodule(name), settings)
+
+
+def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, settings: Settings) -> None:
     if teacher is model:
         raise ValueError("teacher: expected another model than the one to tune: the dense one it was made from")
     refuse_unsupported(teacher, accelerated=True)
