@@ -58,14 +58,14 @@ def _losses(losses: Losses | None) -> list[Any]:
         return []
     steps, training = len(losses.training), list(enumerate(losses.training, start=1))
     text = f"From {number(losses.training[0])} at step 1 to {number(losses.training[-1])} at step {steps:,}."
-    drawn: list[Any] = [("Training", text, curve(training, steps, losses.of))]
+    drawn: list[Any] = [("Training loss", text, curve(training, steps, losses.of))]
     if losses.held_out:
         found = dict(losses.held_out)
         text = f"{len(found)} evaluations, from {number(losses.held_out[0][1])} to {number(losses.held_out[-1][1])}."
         if losses.best in found:
             text += f" Ringed: step {losses.best:,}, {number(found[losses.best])}, whose parameters were taken."
         chart = curve(losses.held_out, steps, "next-token loss", losses.best)
-        drawn.append(("Held-out text", text, chart))
+        drawn.append(("Held-out loss", text, chart))
     return drawn
 
 

@@ -52,7 +52,7 @@ def test_a_pruned_model_is_recovered_evaluated_and_described(workplace, tmp_path
     assert "saap recover pruned --data text.txt --teacher dense --bits 4" in found.text
     assert str(tmp_path) not in found.content and str(workplace) not in found.content
     page = (tmp_path / "out/saap_report.html").read_text()
-    assert 'id="losses"' in page and "Held-out text" in page and str(tmp_path) not in page
+    assert 'id="losses"' in page and "Held-out loss" in page and str(tmp_path) not in page
 
 
 def test_json_says_what_came_out(workplace, tmp_path) -> None:
