@@ -1,5 +1,6 @@
 """What learns in a model, by method: attached to train, and finished into a model that holds nothing else."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -96,8 +97,7 @@ def attach_groupwise(model: PreTrainedModel, settings: Settings) -> Groupwise:
             f"model: expected one quantised to int{settings.bits} in groups of {settings.group_size}, "
             "got 16- or 32-bit weights; call saap.quantise first"
         )
-    for name, module in linears.items():
-        refuse_rank(name, module, settings)
+    refuse_rank(linears, settings)
     generator = torch.Generator().manual_seed(settings.seed)
     factors = {
         name: new_factors(module, settings.rank, settings.alpha, settings.levels, generator)
@@ -106,19 +106,24 @@ def attach_groupwise(model: PreTrainedModel, settings: Settings) -> Groupwise:
     return Groupwise(model, factors, settings.norms)
 
 
-def refuse_rank(name: str, module: nn.Linear, settings: Settings) -> None:
-    """Raise ValueError for a rank that a Linear, quantised or yet to be, has no room for."""
-    smallest, groups = min(module.in_features, module.out_features), -(-module.in_features // settings.group_size)
-    if settings.levels and settings.rank > smallest:
-        raise ValueError(
-            f"rank: expected at most {smallest}, the smaller side of {name} "
-            f"({module.out_features} x {module.in_features}), got {settings.rank}"
-        )
-    if not settings.levels and settings.rank > groups:
-        raise ValueError(
-            f"rank: expected at most {groups}, the groups of {settings.group_size} in a row of {name} "
-            f"({module.out_features} x {module.in_features}), got {settings.rank}; or let levels learn"
-        )
+def refuse_rank(linears: Mapping[str, nn.Linear], settings: Settings) -> None:
+    """Raise ValueError for a rank that the narrowest Linear, quantised or yet to be, has no room for."""
+
+    def room(name: str) -> int:
+        module = linears[name]
+        groups = -(-module.in_features // settings.group_size)
+        return min(module.in_features, module.out_features) if settings.levels else groups
+
+    name = min(linears, key=room)
+    if settings.rank <= room(name):
+        return
+    size = f"{name} ({linears[name].out_features} x {linears[name].in_features})"
+    if settings.levels:
+        raise ValueError(f"rank: expected at most {room(name)}, the smaller side of {size}, got {settings.rank}")
+    raise ValueError(
+        f"rank: expected at most {room(name)}, the groups of {settings.group_size} in a row of {size}, "
+        f"got {settings.rank}; levels, if they learn, have room for more"
+    )
 
 
 def quantised_linears(model: nn.Module) -> dict[str, QuantisedLinear]:

@@ -57,7 +57,7 @@ def save_adapters(model: PreTrainedModel, folder: str | os.PathLike[str], *, for
         "norms": sorted(norms),
         "base": BaseOfAdapters.of(model).to_dict(),
     }
-    tensors = _own_tensors(linears, norms) if levels else _peft_tensors(linears, norms)
+    tensors = _own_tensors(linears, norms) if levels else _peft_tensors(linears, norms, model)
     with written_whole(Path(folder)) as made:
         save_file(_on_host(tensors), made / (OWN if levels else PEFT), metadata={"format": "pt"})
         (made / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -121,8 +121,14 @@ def _own_tensors(linears: dict[str, AdaptedLinear], norms: dict[str, Tensor]) ->
     return found
 
 
-def _peft_tensors(linears: dict[str, AdaptedLinear], norms: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = {f"{PEFT_PREFIX}{name}.weight": tensor for name, tensor in norms.items()}
+def _peft_tensors(
+    linears: dict[str, AdaptedLinear], norms: dict[str, Tensor], model: PreTrainedModel
+) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in norms.items():  # peft wants modules whole: a bias, which did not learn, too
+        bias = getattr(model.get_submodule(name), "bias", None)
+        found[f"{PEFT_PREFIX}{name}.weight"] = tensor
+        found |= {} if bias is None else {f"{PEFT_PREFIX}{name}.bias": bias.detach()}
     for name, module in linears.items():
         group_size, factors = module.layout[2], module.factors
         assert group_size is not None

@@ -7,9 +7,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap.compact import PLAN_ATTRIBUTE
@@ -132,8 +133,9 @@ def check_models(model: PreTrainedModel, teacher: PreTrainedModel | None, settin
 def _check_ranks(model: PreTrainedModel, settings: Settings) -> None:
     from saap.recovery.attach import decoder_linears, refuse_rank
 
-    for name in decoder_linears(model):
-        refuse_rank(name, model.get_submodule(name), settings)
+    linears = {name: model.get_submodule(name) for name in decoder_linears(model)}
+    if linears:
+        refuse_rank(cast("dict[str, nn.Linear]", linears), settings)
 
 
 def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, settings: Settings) -> None:

@@ -10,7 +10,7 @@ from saap.recovery.settings import Settings
 from saap.report import environment, evaluation_facts, mlp_widths, now, shown_name
 from saap.report_data import Fact, Losses, Report, Widths
 
-OBJECTIVE = {"next_token": "next-token loss", "distillation": "divergence from the dense model"}
+OBJECTIVE = {"next_token": "next-token loss", "distillation": "KL divergence"}
 
 
 def recovery_rows(found: Recovered, teacher: str | None) -> dict[str, str]:

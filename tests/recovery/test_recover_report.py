@@ -72,7 +72,7 @@ def test_the_page_has_curves_three_models_widths_settings_and_times() -> None:
     assert re.findall(r'<th scope="row"><bdi>\w+</bdi></th><td>([\d.]+)</td>', table) == ["9.00", "20.00", "11.00"]
     assert text.count('class="curve"') == 2 and text.count('class="ring"') == 1
     assert "Ringed: step 20, 2.5, whose parameters were taken." in text and "From 4 at step 1 to 2 at step 30." in text
-    assert "divergence from the dense model" in text and "m-20, recovered" in text
+    assert "KL divergence" in text and "m-20, recovered" in text
     assert "<bdi>Recovery</bdi>" in text and "text.jsonl" in text and "/x/" not in text and "1 min 0 s" in text
     assert "KV heads, <bdi>dense</bdi>" in text and "<bdi>pruned</bdi>" in text
     assert text.count("<blockquote") == 4  # what was asked, and three answers

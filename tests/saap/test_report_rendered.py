@@ -72,7 +72,7 @@ def page(names: tuple[str, str]) -> str:
         files={"calibration": "text-" * 30 + ".jsonl", "evaluation": f"hub:organisation/{'d' * 100}"},
     )  # fmt: skip
     falling = [30 / (step + 1) ** 1.5 for step in range(2000)]
-    losses = Losses("divergence from the dense model", falling, [(200 * n, falling[n]) for n in range(1, 11)], 1200)
+    losses = Losses("KL divergence", falling, [(200 * n, falling[n]) for n in range(1, 11)], 1200)
     return render(replace(described, names=names, losses=losses)).replace("<details>", "<details open>")
 
 
