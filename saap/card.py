@@ -24,7 +24,8 @@ class Made:
     """What the card tells of how a model came to be; of paths it tells the last part alone.
 
     ``base`` and ``data`` are what the dense model and the calibration text were loaded by, ``measured`` says how much
-    of the text was read, ``command`` is the command line; ``evaluation`` is on the text ``evaluated_on``.
+    of the text was read, ``rounding`` how weights were quantised, ``command`` is the command line; ``evaluation`` is
+    on the text ``evaluated_on``.
     """
 
     base: str = ""
@@ -33,6 +34,7 @@ class Made:
     command: str = ""
     evaluation: Evaluation | None = None
     evaluated_on: str | None = None
+    rounding: str = ""
 
 
 def hub_name(name: str) -> str | None:
@@ -120,6 +122,8 @@ def _making(plan: Plan | None, made: Made) -> list[str]:
         rows.append(("calibration text", told_name(made.data)))
     if made.measured:
         rows.append(("measured on", made.measured))
+    if made.rounding:
+        rows.append(("rounding of weights", made.rounding))
     if plan is not None:
         settings = {key: value for key, value in plan.settings.items() if value not in (None, False, [], ())}
         rows.append(("plan", ", ".join(f"{key} {value}" for key, value in settings.items())))
