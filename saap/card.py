@@ -27,9 +27,9 @@ class Made:
     """What the card tells of how a model came to be; of paths it tells the last part alone.
 
     ``base`` and ``data`` are what the dense model and the calibration text were loaded by, ``measured`` says how much
-    of the text was read, ``command`` is the command line; ``evaluation`` is on the text ``evaluated_on``, and so are
-    those that it is ``against``. ``recovery`` are (name, value) of how the model was tuned, if it was: a calibration
-    text is then what it was tuned on.
+    of the text was read, ``rounding`` how weights were quantised, ``command`` is the command line; ``evaluation`` is
+    on the text ``evaluated_on``, and so are those that it is ``against``. ``recovery`` are (name, value) of how the
+    model was tuned, if it was: a calibration text is then what it was tuned on.
     """
 
     base: str = ""
@@ -38,6 +38,7 @@ class Made:
     command: str = ""
     evaluation: Evaluation | None = None
     evaluated_on: str | None = None
+    rounding: str = ""
     recovery: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -139,6 +140,8 @@ def _making(plan: Plan | None, made: Made) -> list[str]:
     if made.measured:
         rows.append(("measured on", made.measured))
     rows += made.recovery
+    if made.rounding:
+        rows.append(("rounding of weights", made.rounding))
     if plan is not None:
         settings = {key: value for key, value in plan.settings.items() if value not in (None, False, [], ())}
         rows.append(("plan", ", ".join(f"{key} {value}" for key, value in settings.items())))

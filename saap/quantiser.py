@@ -1,6 +1,7 @@
 """transformers' plugin for quant_method "saap": loads quantised checkpoints, and quantises while loading others."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from saap.families import family_of
+from saap.gptq import quantise_weight
 from saap.quantised_linear import QuantisedLinear
 from saap.stored_weight import GROUPS, METHOD, NAMES, stored_shapes
 from saap_kernels import pack
@@ -183,12 +185,17 @@ class _Quantise(ConversionOps):
         return {}  # nothing is left to set
 
 
-def quantise_linear(module: nn.Linear, name: str, config: SaapConfig, weight: Tensor | None = None) -> None:
-    """Make ``module`` a quantised one, of its own weight unless given; ``name`` is the weight's, for errors."""
+def quantise_linear(
+    module: nn.Linear, name: str, config: SaapConfig, weight: Tensor | None = None, clip: bool = False
+) -> None:
+    """Make ``module`` a quantised one, of its own weight unless given; ``name`` is the weight's, for errors.
+
+    ``clip`` searches the ranges of its groups, see ``saap.clip_search``.
+    """
     try:
-        packed = pack(
-            (module.weight if weight is None else weight).detach(), bits=config.bits, group_size=config.group_size
-        )
+        given = (module.weight if weight is None else weight).detach()
+        make = partial(quantise_weight, clip=True) if clip else pack
+        packed = make(given, bits=config.bits, group_size=config.group_size)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     QuantisedLinear.convert(module, packed)
