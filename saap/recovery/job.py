@@ -115,7 +115,8 @@ class Job:
         rows = recovery_rows(found, None if self.teacher is None else shown_name(self.teacher))
         base = self.teacher if self.teacher is not None and hub_name(self.teacher) else self.folder
         amount = f"{found.sequences:,} sequences of {found.settings.seq_len} tokens"
-        made = Made(base, self.data, amount, self.command, evaluation, self.eval_text, tuple(rows.items()))
+        told = tuple(rows.items())
+        made = Made(base, self.data, amount, self.command, evaluation, self.eval_text, recovery=told)
         also = partial(self._report, found, plan, evaluation, watch) if self.report else None
         with console.screen.status("saving"), watch("save"):
             save(found.model, self.out, tokenizer=tokenizer, force=self.force, plan=plan, also=also, made=made)
