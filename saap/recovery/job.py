@@ -20,7 +20,7 @@ from saap.data import check_tokenizer, load_documents
 from saap.evaluate import Evaluation, evaluate
 from saap.opening import open_model, open_tokenizer
 from saap.plan import Plan
-from saap.recovery.recover import Recovered, Told, check_folder, check_models, texts, tune
+from saap.recovery.recover import Recovered, Told, check_budget, check_folder, check_models, texts, tune
 from saap.recovery.report import described_recovery, recovery_rows
 from saap.recovery.settings import Settings
 from saap.report import REPORT_FILE, drawn_into, shown_name
@@ -78,6 +78,7 @@ class Job:
         if tokenizer is not None:
             check_tokenizer(model, tokenizer)
         text, kept = texts(model, tokenizer, self.data, self.held_out, self.settings)
+        check_budget(text, self.settings)
         if self.force and not self.resume and first:
             shutil.rmtree(self.training, ignore_errors=True)
         before = self._evaluated(model, tokenizer, teacher, watch) if first else None

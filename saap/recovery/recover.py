@@ -95,6 +95,7 @@ def recover(
         check_tokenizer(model, tokenizer)
     check_folder(folder, resume)
     text, kept = texts(model, tokenizer, data, held_out, wanted)
+    check_budget(text, wanted)
     return tune(model, text, kept, wanted, teacher, folder, resume, Told(progress, said, stage))
 
 
@@ -219,6 +220,13 @@ def texts(
     if not kept:
         return text, None
     return _part(text, slice(None, -kept)), _part(text, slice(-kept, None))
+
+
+def check_budget(text: TrainingText, settings: Settings) -> None:
+    """Raise ValueError unless there is a step to train, which the processes that torchrun started can share."""
+    from saap.recovery.trainer import Schedule
+
+    Schedule.of(settings, len(text), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _part(text: TrainingText, which: slice) -> TrainingText:

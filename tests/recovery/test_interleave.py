@@ -127,7 +127,7 @@ def test_the_command_says_in_plan_and_card_what_was_tuned(workplace, tmp_path) -
     assert settings["recover_tokens"] == TOKENS and settings["steps"] == 2
     assert f"recover_tokens {TOKENS}" in card(tmp_path / "out").text
     assert "recover" in (tmp_path / "out/saap_report.html").read_text()
-    text = ("--data", workplace / "text.txt", "--out", tmp_path / "other", "--recover-tokens", TOKENS)
+    text = ("--data", workplace / "text.txt", "--out", tmp_path / "other", "--recover-tokens", 4096)
     refused = run("prune", workplace / "dense", "--plan", tmp_path / "out/saap_plan.json", *text, code=2)
     assert "saap recover tunes" in refused.stderr.replace("\n", " ")
     little = prune(workplace, "--ratio", 0.3, "--recover-tokens", 100, "--out", tmp_path / "other", code=2)
