@@ -209,7 +209,7 @@ def _resource(name: str, context: int, table: Path | None, device: str | None) -
     return kinds.get(name, name)
 
 
-UNTOLD = ("out", "force", "as_json", "debug", "report", "dry_run", "stream_folder", "save_statistics")
+UNTOLD = ("out", "force", "as_json", "debug", "report", "dry_run", "stream_folder", "save_statistics", "resume")
 
 
 def given_command(context: typer.Context) -> str:

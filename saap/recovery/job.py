@@ -115,9 +115,8 @@ class Job:
         plan = Plan.load(plan_file) if plan_file.is_file() else None
         rows = recovery_rows(found, None if self.teacher is None else shown_name(self.teacher))
         base = self.teacher if self.teacher is not None and hub_name(self.teacher) else self.folder
-        amount = f"{found.sequences:,} sequences of {found.settings.seq_len} tokens"
         told = tuple(rows.items())
-        made = Made(base, self.data, amount, self.command, evaluation, self.eval_text, recovery=told)
+        made = Made(base, self.data, "", self.command, evaluation, self.eval_text, recovery=told)
         also = partial(self._report, found, plan, evaluation, watch) if self.report else None
         with console.screen.status("saving"), watch("save"):
             save(found.model, self.out, tokenizer=tokenizer, force=self.force, plan=plan, also=also, made=made)

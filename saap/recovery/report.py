@@ -16,7 +16,9 @@ OBJECTIVE = {"next_token": "next-token loss", "distillation": "KL divergence"}
 def recovery_rows(found: Recovered, teacher: str | None) -> dict[str, str]:
     """{what: how} of a recovery, for a card and for people."""
     settings, history = found.settings, found.history
-    rows = {"recovery": _method(settings), "tokens trained on": f"{history.tokens:,} in {len(history.losses):,} steps"}
+    text = f"{found.sequences:,} sequences of {settings.seq_len} tokens, {found.held_out:,} more held out"
+    rows = {"recovery": _method(settings), "training text": text}
+    rows["tokens trained on"] = f"{history.tokens:,} in {len(history.losses):,} steps"
     if settings.bits is not None:
         stored = f"int{settings.bits} in groups of {settings.group_size}, rounded by {settings.rounding}"
         rows["weights"] = stored if settings.method == "groupwise" else f"trained on {stored}, merged into 16 bits"

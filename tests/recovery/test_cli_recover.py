@@ -1,15 +1,19 @@
 """``saap recover`` on a tiny model: what it writes, prints, refuses and leaves behind."""
 
 import json
+import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 import saap
+from saap import console
 from tests.saap.test_card import card
 from tests.saap.test_cli import run
+from tests.saap.test_distributed import RUN
 from tests.saap.tiny import tiny_model, tiny_tokenizer
 
 SMALL = ("--seq-len", 16, "--batch-size", 4, "--rank", 2, "--learning-rate", 0.005)
@@ -131,3 +135,46 @@ def test_force_starts_anew_over_what_a_training_left(workplace, tmp_path, monkey
         recover(workplace, "--out", tmp_path / "out", code=130)
     recover(workplace, "--out", tmp_path / "out", "--force")
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_processes_train_as_one_does_and_the_first_saves(workplace, tmp_path) -> None:
+    options = ["--json", "--epochs", "2", "--teacher", workplace / "dense", "--eval", workplace / "held.txt"]
+    one = json.loads(recover(workplace, *options, "--out", tmp_path / "one").stdout)
+    command = [*RUN, "recover", workplace / "pruned", "--data", workplace / "text.txt", *SMALL, *options]
+    done = subprocess.run(
+        [*map(str, command), "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)  # of one process alone
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["one", "two"]
+    # fp32 sums of other halves, and levels that flip at a rounding's edge: losses of about 1 to 4
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-2)
+    assert two["evaluation"]["loss"] == pytest.approx(one["evaluation"]["loss"], rel=1e-2)
+    assert two["best_step"] == one["best_step"]
+
+
+def test_the_bar_tells_the_stage_and_the_live_loss(workplace, tmp_path, monkeypatch) -> None:
+    heard: list[tuple] = []
+
+    class Bar:
+        def __call__(self, done: int, total: int) -> None:
+            heard.append((done, total))
+
+        def say(self, title: str) -> None:
+            heard.append((title,))
+
+    @contextmanager
+    def progress(title: str, unit: str | None, shown: bool = True):
+        heard.append(("begin", title, unit))
+        yield Bar()
+        heard.append(("end", title))
+
+    monkeypatch.setattr(console, "progress", progress)
+    found = json.loads(recover(workplace, "--out", tmp_path / "out", "--epochs", 0.3, "--json").stdout)
+    steps = found["steps"]
+    stages = [each for each in heard if each[0] in ("begin", "end")]
+    assert stages == [
+        ("begin", "quantising", "modules"), ("end", "quantising"), ("begin", "training", "steps"), ("end", "training"),
+    ]  # fmt: skip
+    assert [each[0] for each in heard if len(each) == 1] == [f"training, loss {loss:.4g}" for loss in found["losses"]]
+    assert heard[-2] in [(steps, steps), (f"training, loss {found['losses'][-1]:.4g}",)] and steps > 1
