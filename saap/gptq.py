@@ -104,7 +104,11 @@ def _compensated(weight: Tensor, grid: Grid, gram: Tensor) -> tuple[Tensor, Tens
         among = _handed_over(lower, first, last, first, last)  # [B, B]
         for start in range(0, last - first, grid.group_size):
             part = slice(start, min(start + grid.group_size, last - first))
-            scale, zero = grid.steps(values[part].T, importance[first:last][part])
+            # what the group becomes if nothing more is lost in it: its columns make up for one another too
+            handed = torch.linalg.solve_triangular(
+                among[part, part].T, values[part] - own[part], upper=False, unitriangular=True
+            )
+            scale, zero = grid.steps((own[part] + handed).T, importance[first:last][part])
             _round(values[part], own[part], among[part, part], scale[:, 0], zero[:, 0], grid.bits, lost[part])
             levels[first:last][part] = values[part].to(STORED[grid.bits])
             values[part.stop :].addmm_(among[part, part.stop :].T, lost[part])

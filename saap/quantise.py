@@ -174,7 +174,8 @@ def save_beside(
 
 def made_by(model: PreTrainedModel, rounding: str, data: Any, samples: int, seq_len: int) -> Made:
     """What the card tells of how the weights were rounded."""
-    text = f", on {samples} sequences of {seq_len} tokens" if rounding == "gptq" else ""
+    counted = rounding == "gptq" and not isinstance(data, Tensor)  # a tensor has sizes of its own
+    text = f", on {samples} sequences of {seq_len} tokens" if counted else ""
     named = f" of {told_name(os.fspath(data))}" if isinstance(data, str | os.PathLike) else ""
     return Made(base=model.name_or_path, rounding=f"{rounding}{text}{named}")
 
