@@ -36,6 +36,7 @@ BENCHMARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("compensation", ()),
     ("end_to_end", ()),
     ("quantised", ()),
+    ("quantisation_rounding", ()),
     ("target_cost", ()),
 )
 LEAST_SECONDS = 20  # with less time left no module is started
