@@ -29,7 +29,9 @@ def recover(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned model directory, or a dense one.")],
     data: Annotated[str, typer.Option(help=f"Text to train on. {FORMS}")],
     out: Annotated[Path, typer.Option(help="Where the recovered model goes.")],
-    teacher: Annotated[str | None, typer.Option(help="The dense model, to learn what it predicts.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="The dense model, to learn what it predicts and to evaluate it.")
+    ] = None,
     method: Annotated[Method, typer.Option(help=METHOD)] = "groupwise",
     bits: Annotated[
         int | None, typer.Option(help="Of weights: 4, 8, or 16 for no quantisation. Default: 4 for groupwise, else 16.")
@@ -45,7 +47,7 @@ def recover(
     norms: Annotated[bool, typer.Option(help="Of groupwise: learn the norms' weights too.")] = True,
     objective: Annotated[
         Literal["auto", "distillation", "next_token"],
-        typer.Option(help="auto: distillation where there is a --teacher."),
+        typer.Option(help="auto: distillation where there is a --teacher, which next_token leaves alone."),
     ] = "auto",
     top_k: Annotated[
         int, typer.Option(help="Of distillation: the teacher's likeliest tokens, one by one; 0: all tokens.")

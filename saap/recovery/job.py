@@ -96,7 +96,12 @@ class Job:
         if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         model, tokenizer = open_model(self.folder, self.dtype), open_tokenizer(self.folder)
-        return model, tokenizer, None if self.teacher is None else open_model(self.teacher, self.dtype)
+        if self.teacher is None:
+            return model, tokenizer, None
+        other = open_tokenizer(self.teacher)
+        if tokenizer is not None and other is not None and tokenizer.get_vocab() != other.get_vocab():
+            raise ValueError(f"--teacher: expected the vocabulary of {self.folder}, got another one of {self.teacher}")
+        return model, other if tokenizer is None else tokenizer, open_model(self.teacher, self.dtype)
 
     def _evaluated(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,

@@ -78,9 +78,10 @@ def recover(
     """Tune a pruned ``model`` on ``data``, in place; ``settings`` are those of ``Settings``, and so are their defaults.
 
     Without ``bits`` those are 4 for method "groupwise", and None for the others. A model that is quantised already, to
-    the bits and groups asked for, is tuned as it is. ``teacher`` is the dense model for distillation; it is in eval
-    mode and frozen meanwhile. ``held_out`` is text (any form ``data`` may have), or the share of the sequences of
-    ``data``, rounded to whole ones and taken from their end, that is evaluated instead of trained on; 0: none.
+    the bits and groups asked for, is tuned as it is. ``teacher`` is the dense model for distillation, in eval mode and
+    frozen meanwhile; objective "next_token" leaves it alone. ``held_out`` is text (any form ``data`` may have), or the
+    share of the sequences of ``data``, rounded to whole ones and taken from their end, that is evaluated instead of
+    trained on; 0: none.
     ``folder`` keeps checkpoints, and ``resume`` goes on from the last one there; without it they are temporary.
     ``stage`` hears what begins, "quantising" and "training", of which ``progress(done, total)`` counts the Linears or
     blocks and the steps, and ``said(step, loss)`` each step's loss.
@@ -111,8 +112,6 @@ def settled(settings: dict[str, Any], has_teacher: bool) -> Settings:
         objective = "distillation" if has_teacher else "next_token"
     if objective == "distillation" and not has_teacher:
         raise ValueError("objective distillation follows a dense teacher: expected teacher (--teacher), got none")
-    if objective == "next_token" and has_teacher:
-        raise ValueError("objective next_token follows the text alone: expected no teacher (--teacher) beside it")
     return replace(wanted, objective=objective)
 
 
@@ -251,6 +250,7 @@ def tune(
                 _quantise(model, text, settings, told.progress)
         undo = Undo()
         stack.callback(undo.restore)
+        teacher = teacher if settings.objective == "distillation" else None
         if teacher is not None:
             undo.eval_mode(teacher)
             undo.freeze(teacher.parameters())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import models
 
 import saap
 from saap import console
@@ -68,6 +69,19 @@ def test_json_says_what_came_out(workplace, tmp_path) -> None:
     assert found["held_out_sequences"] == round(0.05 * (found["sequences"] + found["held_out_sequences"]))
     assert set(found["timings"]) >= {"train", "save"}
     assert saap.load(tmp_path / "out").config.model_type.startswith("saap")
+
+
+def test_a_teacher_must_have_the_models_vocabulary_and_lends_its_tokenizer(workplace, tmp_path) -> None:
+    tokenizer = tiny_tokenizer()
+    vocabulary = {token: (index + 1) % 64 for token, index in tokenizer.get_vocab().items()}
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=[])
+    saap.save(tiny_model("llama", torch.float32), tmp_path / "other", tokenizer=tokenizer)
+    refused = recover(workplace, "--teacher", tmp_path / "other", "--out", tmp_path / "out", code=2)
+    assert "--teacher: expected the vocabulary of" in refused.stderr
+    saap.save(saap.load(workplace / "pruned"), tmp_path / "bare")
+    arguments = ("--data", workplace / "text.txt", "--teacher", workplace / "dense", *SMALL, "--epochs", 0.3)
+    run("recover", tmp_path / "bare", *arguments, "--objective", "next_token", "--out", tmp_path / "out")
+    assert (tmp_path / "out/tokenizer.json").is_file() and "| objective | next token |" in card(tmp_path / "out").text
 
 
 def test_bits_16_are_none(workplace, tmp_path) -> None:
