@@ -1,6 +1,9 @@
 """Rounding with error compensation, block by block: against a slow walk with hooks, and what it must gain."""
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
@@ -159,6 +162,32 @@ def test_hidden_states_that_overflow_are_named_and_the_blocks_before_stay_quanti
     with pytest.raises(ValueError, match="found NaN or inf in the output of layer 1 for sequences 0 to 8"):
         saap.quantise(model, bits=4, **GPTQ)
     assert {name.split(".")[2] for name in quantised_names(model)} == {"0"} and model.model.layers[1].training
+
+
+RANK = """
+import sys, torch, saap
+from tests.recovery.test_quantise_rounding import GPTQ
+from tests.serving.test_quantiser import pruned
+torch.distributed.init_process_group("gloo")
+model = saap.quantise(pruned("qwen2"), bits=4, **GPTQ)
+torch.save(model.state_dict(), f"{sys.argv[1]}/{torch.distributed.get_rank()}.pt")
+"""
+
+
+def test_two_processes_quantise_as_one_does(tmp_path) -> None:
+    """Each reads its share of the text, 5 and 4 sequences; all get the same weights."""
+    (tmp_path / "rank.py").write_text(RANK)
+    rendezvous = ("--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0")  # any free port
+    command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, tmp_path / "rank.py", tmp_path]
+    here = os.environ | {"PYTHONPATH": str(SMALL_MODEL.parents[1])}
+    subprocess.run(command, check=True, capture_output=True, timeout=180, env=here)
+    one = saap.quantise(pruned("qwen2"), bits=4, **GPTQ).state_dict()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for name, tensor in one.items():
+        assert torch.equal(first[name], second[name]), name
+        # sums in another order, as above
+        assert tensor.dtype == torch.uint8 or torch.allclose(first[name], tensor, rtol=1e-3, atol=1e-3), name
+        assert tensor.dtype != torch.uint8 or (first[name] == tensor).float().mean() > 0.99, name
 
 
 @pytest.fixture(scope="module")
