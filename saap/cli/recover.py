@@ -8,6 +8,7 @@ import typer
 from saap import console
 from saap.cli.options import AsJson, Debug, Dtype, Force, given_command
 from saap.data import FORMS
+from saap.preview import report_dry_run
 from saap.recovery.job import Job
 from saap.recovery.recover import HELD_OUT, settled
 from saap.recovery.settings import Settings
@@ -78,6 +79,7 @@ def recover(
         bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.training, by the same settings.")
     ] = False,
     report: Annotated[bool, typer.Option(help="Write saap_report.html beside the weights.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, show steps and sizes, do nothing.")] = False,
     force: Force = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -107,6 +109,9 @@ def recover(
             dtype, resume, report, force, given_command(invoked),
         )  # fmt: skip
         job.check_files()
+        if dry_run:
+            report_dry_run(job.preview(), as_json)
+            return
         done = job.run()
         if done is not None:
             done.print(as_json)

@@ -18,16 +18,22 @@ from saap.checkpoint import refuse_existing, save
 from saap.checkpoint_files import PLAN_FILE
 from saap.data import check_tokenizer, load_documents
 from saap.evaluate import Evaluation, evaluate
+from saap.memory import weight_bytes
 from saap.opening import open_model, open_tokenizer
 from saap.plan import Plan
 from saap.recovery.recover import Recovered, Told, check_budget, check_folder, check_models, texts, tune
 from saap.recovery.report import described_recovery, recovery_rows
 from saap.recovery.settings import Settings
+from saap.recovery.training_folder import PREFIX, SETTINGS, UNFINISHED
+from saap.recovery.training_text import TrainingText
 from saap.report import REPORT_FILE, drawn_into, shown_name
 from saap.stopwatch import Stopwatch
 
 TRAINING = ".training"  # behind the name of the model's directory: its checkpoints while it is trained
-OURS = ("settings.json", "checkpoint-")  # how the names begin of what is in such a folder
+OURS = (SETTINGS, PREFIX, UNFINISHED, f".{SETTINGS}")  # how the names begin of what is in such a folder
+Ready = tuple[
+    PreTrainedModel, PreTrainedTokenizerBase | None, PreTrainedModel | None, TrainingText, TrainingText | None
+]
 UNITS = {"quantising": "modules", "training": "steps"}
 
 
@@ -72,13 +78,7 @@ class Job:
         The output directory appears complete or not at all; checkpoints beside it are removed then.
         """
         first, watch = int(os.environ.get("RANK", "0")) == 0, Stopwatch()
-        with console.screen.status("loading"):
-            model, tokenizer, teacher = self._open()
-        check_models(model, teacher, self.settings)
-        if tokenizer is not None:
-            check_tokenizer(model, tokenizer)
-        text, kept = texts(model, tokenizer, self.data, self.held_out, self.settings)
-        check_budget(text, self.settings)
+        model, tokenizer, teacher, text, kept = self._ready()
         if self.force and not self.resume and first:
             shutil.rmtree(self.training, ignore_errors=True)
         before = self._evaluated(model, tokenizer, teacher, watch) if first else None
@@ -91,6 +91,32 @@ class Job:
         done = self._saved(found, tokenizer, self._evaluated(found.model, tokenizer, before, watch), watch)
         shutil.rmtree(self.training, ignore_errors=True)
         return done
+
+    def preview(self) -> dict[str, Any]:
+        """What ``run`` would do, after all that it checks before it trains."""
+        model, _, _, text, kept = self._ready()
+        steps = check_budget(text, self.settings)
+        return {name: value for name, value in self.settings.to_dict().items() if value is not None} | {
+            "parameters": model.num_parameters(),
+            "weight_bytes": weight_bytes(model),
+            "sequences": len(text),
+            "held_out_sequences": 0 if kept is None else len(kept),
+            "steps": steps,
+            "tokens": steps * self.settings.batch_size * self.settings.seq_len,
+            "checkpoints": str(self.training),
+            "outputs": [str(self.out)],
+        }
+
+    def _ready(self) -> Ready:
+        """Everything that is needed, checked."""
+        with console.screen.status("loading"):
+            model, tokenizer, teacher = self._open()
+        check_models(model, teacher, self.settings)
+        if tokenizer is not None:
+            check_tokenizer(model, tokenizer)
+        text, kept = texts(model, tokenizer, self.data, self.held_out, self.settings)
+        check_budget(text, self.settings)
+        return model, tokenizer, teacher, text, kept
 
     def _open(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, PreTrainedModel | None]:
         if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:

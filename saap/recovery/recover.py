@@ -221,11 +221,11 @@ def texts(
     return _part(text, slice(None, -kept)), _part(text, slice(-kept, None))
 
 
-def check_budget(text: TrainingText, settings: Settings) -> None:
-    """Raise ValueError unless there is a step to train, which the processes that torchrun started can share."""
+def check_budget(text: TrainingText, settings: Settings) -> int:
+    """The steps to train; ValueError for none, or for batches that the processes of torchrun cannot share."""
     from saap.recovery.trainer import Schedule
 
-    Schedule.of(settings, len(text), int(os.environ.get("WORLD_SIZE", "1")))
+    return Schedule.of(settings, len(text), int(os.environ.get("WORLD_SIZE", "1"))).steps
 
 
 def _part(text: TrainingText, which: slice) -> TrainingText:

@@ -84,6 +84,17 @@ def test_a_teacher_must_have_the_models_vocabulary_and_lends_its_tokenizer(workp
     assert (tmp_path / "out/tokenizer.json").is_file() and "| objective | next token |" in card(tmp_path / "out").text
 
 
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(workplace, tmp_path) -> None:
+    result = recover(workplace, "--out", tmp_path / "out", "--dry-run", "--json", "--tokens", 500)
+    found = json.loads(result.stdout)
+    assert (found["steps"], found["tokens"]) == (7, 448) and found["objective"] == "next_token"
+    assert found["sequences"] * 16 >= 448 and found["held_out_sequences"] == 2  # of 34, for 542 tokens
+    assert list(tmp_path.iterdir()) == []
+    assert "nothing was done" in recover(workplace, "--out", tmp_path / "out", "--dry-run").stdout
+    refused = recover(workplace, "--out", tmp_path / "out", "--dry-run", "--rank", 99, code=2)
+    assert "rank: expected at most" in refused.stderr
+
+
 def test_bits_16_are_none(workplace, tmp_path) -> None:
     recover(workplace, "--out", tmp_path / "out", "--method", "full", "--bits", 16, "--learning-rate", 0.001)
     assert saap.load(tmp_path / "out").dtype == torch.float32
