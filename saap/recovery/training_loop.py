@@ -182,6 +182,7 @@ class RecoveryTrainer(Trainer):
             reason = self._written(lambda: finish_checkpoint(self.folder, step, best), alone=True)
         reason = next(filter(None, gathered(reason)), None)
         if reason is not None:
+            shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
             last = last_checkpoint(self.folder)
             kept = f"{last.name} is whole and stays" if last else "there is none before it"
             raise OSError(f"cannot write the checkpoint of step {step} in {self.folder}: {reason}; {kept}")

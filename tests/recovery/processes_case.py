@@ -1,0 +1,161 @@
+"""What two processes do, started by torchrun: ``processes_case.py DIRECTORY``; each writes what it found as JSON."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from saap.distributed import process_group
+from saap.recovery import training_folder
+from saap.recovery.trainer import train
+from saap.recovery.training_folder import learned
+from saap.recovery.training_text import TrainingText
+from tests.recovery.training_cases import learner, some_settings, some_text
+from tests.saap.tiny import tiny_model
+
+RANK = int(os.environ["RANK"])
+
+
+def summary(history, model):
+    return {
+        "losses": history.losses,
+        "evaluations": [[each.step, each.loss] for each in history.evaluations],
+        "best": history.best,
+        "sums": {name: float(tensor.double().abs().sum()) for name, tensor in learned(model).items()},
+    }
+
+
+def run(folder: Path, model=None, text=None, held_out=True, teacher=None, resume=False, said=None, **changes):
+    model = model or learner()
+    held_out = some_text(7, 1) if held_out else None
+    settings = some_settings(**changes)
+    text = text or some_text()
+    history = train(model, text, held_out, settings, folder=folder, teacher=teacher, resume=resume, said=said)
+    return summary(history, model)
+
+
+def refused(action) -> str:
+    try:
+        action()
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def a_teacher():
+    return tiny_model("llama", dtype=torch.float32, num_hidden_layers=2, seed=5)
+
+
+def several_in_one_group(directory: Path):
+    with process_group():
+        return run(directory / "group", teacher=a_teacher(), hidden=0.1)
+
+
+def micro_batches(directory: Path):
+    return run(directory / "micro", micro_batch=1, gradient_checkpointing=True)
+
+
+def mixture(directory: Path):
+    model = tiny_model("mixtral", dtype=torch.float32, num_hidden_layers=2, num_local_experts=8)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("experts" in name)
+    return run(directory / "mixture", model, held_out=False, epochs=0.8, seq_len=12)
+
+
+def unused(directory: Path):
+    model = learner()
+    model.forgotten = torch.nn.Parameter(torch.ones(3))
+    return run(directory / "unused", model)
+
+
+def fsdp1(directory: Path):
+    return sharded(directory / "fsdp1", "1")
+
+
+def fsdp2(directory: Path):
+    return sharded(directory / "fsdp2", "2")
+
+
+def sharded(folder: Path, version: str):
+    """As ``accelerate launch --use_fsdp`` sets it up; stopped and resumed too."""
+    names = {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": version, "FSDP_USE_ORIG_PARAMS": "true",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        "FSDP_RESHARD_AFTER_FORWARD": "true" if version == "2" else "FULL_SHARD",
+    }  # fmt: skip
+    os.environ.update(names)
+    try:
+        model = learner()
+        found = run(folder, model)
+        before = refused(lambda: run(folder.with_name(f"{folder.name}-again"), said=lambda step, _: raise_at(step, 6)))
+        again = run(folder.with_name(f"{folder.name}-again"), resume=True)
+    finally:
+        for name in names:
+            del os.environ[name]
+    kept = sorted(each.name for each in folder.rglob("*") if each.is_file())
+    return {**found, "before": before, "again": again, "kept": kept, "whole": type(model.lm_head.weight).__name__}
+
+
+def resumed(directory: Path):
+    def said(step, loss):
+        raise_at(step, 6)
+
+    before = refused(lambda: run(directory / "resumed", said=said))
+    return {"before": before, **run(directory / "resumed", resume=True)}
+
+
+def raise_at(step: int, wanted: int) -> None:
+    if step == wanted:
+        raise RuntimeError(f"stopped at {step}")
+
+
+def disagreeing(directory: Path):
+    other = learner()
+    with torch.no_grad():
+        other.model.embed_tokens.weight[0, 0] += RANK
+    folder = directory / "disagreeing"
+    found = [
+        refused(lambda: run(folder, text=some_text(seed=RANK))),
+        refused(lambda: run(folder, learning_rate=0.1 + RANK)),
+        refused(lambda: run(folder, other)),
+        refused(lambda: run(folder, batch_size=3)),
+    ]
+    folder.mkdir(exist_ok=True)
+    (folder / "mine.txt").write_text("x")
+    return [*found, refused(lambda: run(folder)), sorted(each.name for each in folder.iterdir())]
+
+
+def faults(directory: Path):
+    text = some_text()
+    model = learner()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[63] = float("nan")
+    ids = text.input_ids.clamp(max=62)
+    ids[3, 4] = 63
+    nan = refused(lambda: run(directory / "nan", model, TrainingText(ids, ids), held_out=False))
+    save = training_folder.save_file
+
+    def full(tensors, path):
+        if "checkpoint-8" in str(path):
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    training_folder.save_file = full
+    disk = refused(lambda: run(directory / "full"))
+    training_folder.save_file = save
+    return [nan, disk]
+
+
+CASES = (several_in_one_group, micro_batches, mixture, unused, resumed, disagreeing, faults, fsdp2, fsdp1)
+
+
+def main(directory: Path) -> None:
+    for case in CASES:
+        found = case(directory)
+        (directory / f"{case.__name__}-{RANK}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
