@@ -100,8 +100,8 @@ def train(
     CPU with the same losses, bit for bit. ``progress(done, total)`` and ``said(step, loss)`` hear of every step.
 
     Under torchrun each process trains on its part of every batch, and the gradients are averaged; with accelerate's
-    FSDP (``accelerate launch --use_fsdp``) a copy of the model is sharded. Only the first process writes. The teacher
-    is moved to the device of training, whole in each process.
+    FSDP (``accelerate launch --use_fsdp --fsdp_version 2``) a copy of the model is sharded, and the model itself stays
+    where it is. Only the first process writes. The teacher is moved to the device of training, whole in each process.
 
     Raises, before anything is trained or written: ValueError for a model in which nothing learns, a teacher that does
     not fit, a batch or budget that cannot be, a resume of another training (listing the differences), and processes
@@ -112,6 +112,7 @@ def train(
     """
     if find_spec("accelerate") is None:
         raise RuntimeError("training needs accelerate: pip install 'saap[recover]'")
+    refuse_sharding(next(model.parameters()).device)
     target = Path(folder)
     with process_group(), _quiet():
         distillation = _distillation(model, teacher, settings)
@@ -125,6 +126,23 @@ def train(
             last = last_checkpoint(target)
             kept = f"resume the training in {target}: it goes on from {last.name}" if last else "nothing is lost"
             raise KeyboardInterrupt(f"interrupted; {kept}") from None
+
+
+def asks_for_fsdp() -> bool:
+    """Whether ``accelerate launch`` was told to use FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def refuse_sharding(device: torch.device) -> None:
+    """Raise ValueError for FSDP of the first version, and where accelerate would leave FSDP out without a word."""
+    if not asks_for_fsdp():
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError(
+            "the first version of FSDP joins parameters that learn with those that do not: launch with --fsdp_version 2"
+        )
+    if device.type == "cpu" and not torch.cuda.is_available():
+        raise ValueError("FSDP shards a model over GPUs, and there is none: launch without --use_fsdp")
 
 
 def _distillation(model: nn.Module, teacher: nn.Module | None, settings: Settings) -> Distillation | None:
@@ -174,9 +192,8 @@ def _trained(
     if state is None or not (
         state.global_step >= schedule.steps or loop.out_of_patience(state.log_history, settings.patience)
     ):
-        sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        # FSDP takes a model apart for good
-        learner = copy.deepcopy(model) if sharded else model
+        sharded = asks_for_fsdp()
+        learner = copy.deepcopy(model) if sharded else model  # FSDP takes a model apart for good
         objective, args = Objective(learner, distillation), _arguments(learner, settings, schedule, folder)
         with _training_mode(learner, settings.gradient_checkpointing):
             if distillation is not None:
@@ -229,7 +246,7 @@ def _arguments(model: nn.Module, settings: Settings, schedule: Schedule, folder:
         disable_tqdm=True,
         remove_unused_columns=False,
         seed=settings.seed,
-        use_cpu=device.type == "cpu",
+        use_cpu=device.type == "cpu" and not asks_for_fsdp(),
         dataloader_pin_memory=device.type != "cpu",
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # quantised weights are buffers, and equal in all processes

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from saap.distributed import process_group
-from saap.recovery import training_folder
+from saap.recovery import trainer, training_folder, training_loop
 from saap.recovery.trainer import train
 from saap.recovery.training_folder import learned
 from saap.recovery.training_text import TrainingText
 from tests.recovery.training_cases import learner, some_settings, some_text
 from tests.saap.tiny import tiny_model
 
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", "0"))
 
 
 def summary(history, model):
@@ -27,12 +27,12 @@ def summary(history, model):
     }
 
 
-def run(folder: Path, model=None, text=None, held_out=True, teacher=None, resume=False, said=None, **changes):
+def run(folder: Path, model=None, text=None, held_out=True, teacher=None, resume=False, **changes):
     model = model or learner()
     held_out = some_text(7, 1) if held_out else None
     settings = some_settings(**changes)
     text = text or some_text()
-    history = train(model, text, held_out, settings, folder=folder, teacher=teacher, resume=resume, said=said)
+    history = train(model, text, held_out, settings, folder=folder, teacher=teacher, resume=resume)
     return summary(history, model)
 
 
@@ -70,45 +70,66 @@ def unused(directory: Path):
     return run(directory / "unused", model)
 
 
-def fsdp1(directory: Path):
-    return sharded(directory / "fsdp1", "1")
-
-
 def fsdp2(directory: Path):
-    return sharded(directory / "fsdp2", "2")
+    return sharded(directory / "fsdp2")
 
 
-def sharded(folder: Path, version: str):
-    """As ``accelerate launch --use_fsdp`` sets it up; stopped and resumed too."""
+def sharded(folder: Path):
+    """As ``accelerate launch --use_fsdp`` sets it up; stopped and resumed too.
+
+    accelerate shards on GPUs alone: it is told here that these are some, of which torch's own FSDP has no need.
+    """
+    from accelerate import DistributedType, PartialState
+
     names = {
-        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": version, "FSDP_USE_ORIG_PARAMS": "true",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-        "FSDP_RESHARD_AFTER_FORWARD": "true" if version == "2" else "FULL_SHARD",
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1", "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "ACCELERATE_TORCH_DEVICE": "cpu",
     }  # fmt: skip
     os.environ.update(names)
+    without = [refused(lambda: run(folder))]
+    os.environ["FSDP_VERSION"] = "2"
+    without.append(refused(lambda: run(folder)))
+    backend, refuse = PartialState._prepare_backend, trainer.refuse_sharding
+    PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
+    trainer.refuse_sharding = lambda device: None
     try:
-        model = learner()
+        model, teacher = learner(), a_teacher()
         found = run(folder, model)
-        before = refused(lambda: run(folder.with_name(f"{folder.name}-again"), said=lambda step, _: raise_at(step, 6)))
+        distilled = run(folder.with_name("fsdp2-distilled"), teacher=teacher, hidden=0.1, micro_batch=1)
+        stopped_after_six(lambda: run(folder.with_name(f"{folder.name}-again")))
         again = run(folder.with_name(f"{folder.name}-again"), resume=True)
     finally:
+        PartialState._prepare_backend, trainer.refuse_sharding = backend, refuse
         for name in names:
             del os.environ[name]
     kept = sorted(each.name for each in folder.rglob("*") if each.is_file())
-    return {**found, "before": before, "again": again, "kept": kept, "whole": type(model.lm_head.weight).__name__}
+    return {
+        **found,
+        "again": again,
+        "distilled": distilled,
+        "kept": kept,
+        "without": without,
+        "whole": type(model.lm_head.weight).__name__,
+    }
 
 
 def resumed(directory: Path):
-    def said(step, loss):
-        raise_at(step, 6)
-
-    before = refused(lambda: run(directory / "resumed", said=said))
-    return {"before": before, **run(directory / "resumed", resume=True)}
+    stopped_after_six(lambda: run(directory / "resumed"))
+    return run(directory / "resumed", resume=True)
 
 
-def raise_at(step: int, wanted: int) -> None:
-    if step == wanted:
-        raise RuntimeError(f"stopped at {step}")
+def stopped_after_six(action) -> None:
+    """In every process, as Ctrl-C does."""
+    log = training_loop.RecoveryTrainer.log
+
+    def hooked(self, logs, start_time=None):
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        log(self, logs, start_time)
+
+    training_loop.RecoveryTrainer.log = hooked
+    assert "it goes on from checkpoint-4" in refused(action)
+    training_loop.RecoveryTrainer.log = log
 
 
 def disagreeing(directory: Path):
@@ -148,7 +169,7 @@ def faults(directory: Path):
     return [nan, disk]
 
 
-CASES = (several_in_one_group, micro_batches, mixture, unused, resumed, disagreeing, faults, fsdp2, fsdp1)
+CASES = (several_in_one_group, micro_batches, mixture, unused, resumed, disagreeing, faults, fsdp2)
 
 
 def main(directory: Path) -> None:
