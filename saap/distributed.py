@@ -3,10 +3,12 @@
 We write no launcher: ``torchrun --nproc-per-node N -m saap calibrate ...`` starts the ranks.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +20,16 @@ from saap.statistics import ModuleStatistics, Statistics
 Result = TypeVar("Result")
 
 TIMEOUT = timedelta(minutes=30)  # one rank may be that much slower than another before the job fails
+
+
+_joined = itertools.count()  # groups of this process, and of every other that torchrun launched
+
+
+@cache
+def _store() -> tuple[distributed.Store, int, int]:
+    """Where the processes find each other, this one's rank and their number."""
+    found: tuple[distributed.Store, int, int] = next(distributed.rendezvous("env://", timeout=TIMEOUT))
+    return found
 
 
 @contextmanager
@@ -32,7 +44,10 @@ def process_group() -> Iterator[int]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend, timeout=TIMEOUT)
+    store, own, processes = _store()
+    # addresses of a group that was left are still in the store: the next one has names of its own
+    store = distributed.PrefixStore(f"saap-{next(_joined)}", store)
+    distributed.init_process_group(backend, store=store, rank=own, world_size=processes, timeout=TIMEOUT)
     try:
         yield rank()
     finally:

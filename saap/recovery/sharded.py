@@ -1,4 +1,4 @@
-"""What learns in a model whose parameters FSDP has spread over processes, put together and taken apart again."""
+"""What learns in a model that FSDP, its second version, has spread over processes: put together and taken apart."""
 
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from saap.recovery.training_folder import LEARNED
 
 OPTIMIZER = "optimizer.pt"
 INSIDE = "model."  # of an Objective
+WRAPPED = "_checkpoint_wrapped_module."  # where FSDP checkpoints activations
 
 
 def not_finite(model: nn.Module) -> list[str]:
@@ -30,7 +31,7 @@ def gather_learned(model: nn.Module) -> dict[str, Tensor]:
     """All of what learns, on the CPU of the first process, by the names that it has unsharded; empty on others."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     state = get_model_state_dict(model, options=options)
-    learning = {_plain(name) for name, each in model.named_parameters() if each.requires_grad}
+    learning = {name.replace(WRAPPED, "") for name, each in model.named_parameters() if each.requires_grad}
     return {name.removeprefix(INSIDE): as_tensor(each) for name, each in state.items() if name in learning}
 
 
@@ -68,7 +69,3 @@ def _inner(optimizer: Any) -> torch.optim.Optimizer:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _plain(name: str) -> str:
-    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")

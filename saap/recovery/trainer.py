@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from saap.distributed import check_agreement, gathered, on_first_rank, process_group, world_size
-from saap.families import is_mixture
 from saap.recovery.distillation import Distillation, Objective, causal_lm, check_teacher
 from saap.recovery.fingerprint import frozen_fingerprint, weights_fingerprint
 from saap.recovery.settings import LEARNING_RATES, Settings
@@ -100,8 +100,8 @@ def train(
     CPU with the same losses, bit for bit. ``progress(done, total)`` and ``said(step, loss)`` hear of every step.
 
     Under torchrun each process trains on its part of every batch, and the gradients are averaged; with accelerate's
-    FSDP (``accelerate launch --use_fsdp``) a copy of the model is sharded. Only the first process writes. The teacher
-    is moved to the device of training, whole in each process.
+    FSDP (``accelerate launch --use_fsdp --fsdp_version 2``) a copy of the model is sharded, and the model itself stays
+    where it is. Only the first process writes. The teacher is moved to the device of training, whole in each process.
 
     Raises, before anything is trained or written: ValueError for a model in which nothing learns, a teacher that does
     not fit, a batch or budget that cannot be, a resume of another training (listing the differences), and processes
@@ -112,6 +112,7 @@ def train(
     """
     if find_spec("accelerate") is None:
         raise RuntimeError("training needs accelerate: pip install 'saap[recover]'")
+    refuse_sharding(next(model.parameters()).device)
     target = Path(folder)
     with process_group(), _quiet():
         distillation = _distillation(model, teacher, settings)
@@ -125,6 +126,23 @@ def train(
             last = last_checkpoint(target)
             kept = f"resume the training in {target}: it goes on from {last.name}" if last else "nothing is lost"
             raise KeyboardInterrupt(f"interrupted; {kept}") from None
+
+
+def asks_for_fsdp() -> bool:
+    """Whether ``accelerate launch`` was told to use FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def refuse_sharding(device: torch.device) -> None:
+    """Raise ValueError for FSDP of the first version, and where accelerate would leave FSDP out without a word."""
+    if not asks_for_fsdp():
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError(
+            "the first version of FSDP joins parameters that learn with those that do not: launch with --fsdp_version 2"
+        )
+    if device.type == "cpu" and not torch.cuda.is_available():
+        raise ValueError("FSDP shards a model over GPUs, and there is none: launch without --use_fsdp")
 
 
 def _distillation(model: nn.Module, teacher: nn.Module | None, settings: Settings) -> Distillation | None:
@@ -174,26 +192,37 @@ def _trained(
     if state is None or not (
         state.global_step >= schedule.steps or loop.out_of_patience(state.log_history, settings.patience)
     ):
-        sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        # FSDP takes a model apart for good
-        learner = copy.deepcopy(model) if sharded else model
+        sharded = asks_for_fsdp()
+        learner = copy.deepcopy(model) if sharded else model  # FSDP takes a model apart for good
+        objective, args = Objective(learner, distillation), _arguments(learner, settings, schedule, folder)
         with _training_mode(learner, settings.gradient_checkpointing):
+            if distillation is not None:
+                distillation.teacher.to(args.device).eval()
+            if world_size() > 1 and not sharded:
+                args.ddp_find_unused_parameters = _some_are_unused(objective.to(args.device), text)
             trainer = loop.RecoveryTrainer(
-                Objective(learner, distillation),
-                _arguments(learner, settings, schedule, folder),
+                objective,
+                args,
                 text,
                 order_of(len(text), schedule.steps * settings.batch_size, settings.seed),
                 held_out,
                 every=schedule.every, patience=settings.patience, progress=progress, said=said,
             )  # fmt: skip
-            if distillation is not None:
-                distillation.teacher.to(trainer.args.device).eval()
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         state = trainer.state
         gathered(None)  # the first process has written
     best = loop.best_step(state.log_history, state.global_step)
     restore_learned(model, folder / f"{PREFIX}{best}")
     return _history(state, best, schedule.steps, settings)
+
+
+def _some_are_unused(objective: Objective, text: TrainingText) -> bool:
+    """Whether a parameter that learns gets no gradient, in any process: waiting for it, the others would hang."""
+    device = next(objective.parameters()).device
+    objective.train()(text.input_ids[:1].to(device), text.labels[:1].to(device)).backward()
+    unused = any(each.requires_grad and each.grad is None for each in objective.parameters())
+    objective.zero_grad(set_to_none=True)
+    return any(gathered(unused))
 
 
 def _arguments(model: nn.Module, settings: Settings, schedule: Schedule, folder: Path) -> "TrainingArguments":
@@ -217,10 +246,9 @@ def _arguments(model: nn.Module, settings: Settings, schedule: Schedule, folder:
         disable_tqdm=True,
         remove_unused_columns=False,
         seed=settings.seed,
-        use_cpu=device.type == "cpu",
+        use_cpu=device.type == "cpu" and not asks_for_fsdp(),
         dataloader_pin_memory=device.type != "cpu",
-        # experts that no token of a process chose have no gradient there
-        ddp_find_unused_parameters=is_mixture(causal_lm(model)),
+        ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # quantised weights are buffers, and equal in all processes
     )
     if device.type == "cuda" and world_size() == 1:
@@ -275,7 +303,9 @@ def _quiet() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     accelerate.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # by the torch of 2.13, not of 2.8
+            yield
     finally:
         transformers_logging.set_verbosity(before)
         accelerate.setLevel(level)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, SequentialSampler, Subset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from saap.distributed import gathered, rank, sum_over_ranks, world_size
 from saap.recovery import sharded
@@ -182,6 +182,7 @@ class RecoveryTrainer(Trainer):
             reason = self._written(lambda: finish_checkpoint(self.folder, step, best), alone=True)
         reason = next(filter(None, gathered(reason)), None)
         if reason is not None:
+            shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
             last = last_checkpoint(self.folder)
             kept = f"{last.name} is whole and stays" if last else "there is none before it"
             raise OSError(f"cannot write the checkpoint of step {step} in {self.folder}: {reason}; {kept}")
@@ -218,10 +219,15 @@ class RecoveryTrainer(Trainer):
             restore_learned(self.objective.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_fsdp_enabled or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        """By way of the CPU: transformers' own asks for a place "cpu:0", which torch has not, in several processes."""
+        if checkpoint is None:
             return
-        sharded.load_optimizer(self.model, self.optimizer, Path(checkpoint))
+        if self.is_fsdp_enabled:
+            sharded.load_optimizer(self.model, self.optimizer, Path(checkpoint))
+        else:
+            assert self.optimizer is not None
+            state = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
+            self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
 

@@ -1,7 +1,6 @@
 """Training that goes on after a kill with the same losses, and the resumes that are refused."""
 
 import json
-import signal
 import subprocess
 import sys
 
@@ -17,22 +16,16 @@ from saap.recovery.training_loop import RecoveryTrainer
 from tests.recovery.training_cases import learner, some_settings, some_text
 from tests.saap.tiny import tiny_model
 
-CASE = """
-import os, signal, sys
-from tests.recovery.training_cases import *
-from saap.recovery import training_folder
-from saap.recovery.trainer import train
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
 
-
-def killed(folder, script: str) -> None:
-    """Run a training that kills itself."""
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A directory of trainings that were killed."""
+    directory = tmp_path_factory.mktemp("killed")
     done = subprocess.run(
-        [sys.executable, "-c", CASE + script, folder], capture_output=True, text=True, timeout=120
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGKILL, done.stderr
+        [sys.executable, "-m", "tests.recovery.killed_runs", directory], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return directory
 
 
 def same(one, other, one_model, other_model) -> None:
@@ -42,26 +35,21 @@ def same(one, other, one_model, other_model) -> None:
         assert torch.equal(tensor, learned(other_model)[name]), name
 
 
-@pytest.mark.parametrize("micro_batch", [None, 1])
-def test_a_killed_training_goes_on_with_the_same_losses_bit_for_bit(tmp_path, micro_batch):
+@pytest.mark.parametrize("name, micro_batch", [("after_seven", None), ("after_seven_by_ones", 1)])
+def test_a_killed_training_goes_on_with_the_same_losses_bit_for_bit(tmp_path, killed, name, micro_batch):
     settings = some_settings(micro_batch=micro_batch)
     straight, resumed, heard = learner(), learner(), []
     wanted = train(straight, some_text(), some_text(6, 1), settings, folder=tmp_path / "straight")
-    killed(
-        tmp_path / "run",
-        f"train(learner(), some_text(), some_text(6, 1), some_settings(micro_batch={micro_batch}), folder=sys.argv[1],\n"
-        "    said=lambda step, loss: step == 7 and kill())",
-    )
-    assert training_folder.last_checkpoint(tmp_path / "run").name == "checkpoint-4"
+    assert training_folder.last_checkpoint(killed / name).name == "checkpoint-4"
     found = train(
-        resumed, some_text(), some_text(6, 1), settings, folder=tmp_path / "run", resume=True,
+        resumed, some_text(), some_text(6, 1), settings, folder=killed / name, resume=True,
         said=lambda step, loss: heard.append(step), progress=lambda done, total: heard.append((done, total)),
     )  # fmt: skip
     assert heard[:3] == [(4, 12), (5, 12), 5] and heard[-1] == 12  # it went on, and did not start again
     same(found, wanted, resumed, straight)
-    for name in ("learned.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        files = [(tmp_path / run / "checkpoint-12" / name).read_bytes() for run in ("straight", "run")]
-        assert files[0] == files[1], name
+    for file in ("learned.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        both = [(run / "checkpoint-12" / file).read_bytes() for run in (tmp_path / "straight", killed / name)]
+        assert both[0] == both[1], file
 
 
 def test_dropout_goes_on_where_it_was(tmp_path):
@@ -95,44 +83,35 @@ def test_peft_models_go_on(tmp_path):
     assert train(model(), some_text(), None, settings, folder=tmp_path / "run", resume=True).losses == wanted.losses
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    model, folder = learner(), tmp_path_factory.mktemp("straight") / "run"
+    return train(model, some_text(), some_text(6, 1), some_settings(), folder=folder), model
+
+
 @pytest.mark.parametrize(
-    "where",
+    "name, last",
     [
-        "write = training_folder.save_file\n"
-        "def hooked(tensors, path):\n    write(tensors, path)\n    if 'checkpoint-8' in str(path): kill()\n"
-        "training_folder.save_file = hooked\n",
-        "import torch\nwrite = torch.save\n"
-        "def hooked(value, path):\n    write(value, path)\n    if 'checkpoint-8/rng' in str(path): kill()\n"
-        "torch.save = hooked\n",
-        "from saap.recovery import training_loop\nmove = training_loop.finish_checkpoint\n"
-        "def hooked(folder, step, best):\n    if step == 8: kill()\n    move(folder, step, best)\n"
-        "training_loop.finish_checkpoint = hooked\n",
+        ("writing_parameters", 4), ("writing_states", 4), ("before_the_name", 4), ("removing_the_old", 8),
+        ("before_the_first", None), ("no_more_bytes", 4),
     ],
-    ids=["parameters", "states", "moving"],
-)
-def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, where):
-    folder = tmp_path / "run"
-    killed(folder, where + "train(learner(), some_text(), None, some_settings(), folder=sys.argv[1])")
-    assert training_folder.last_checkpoint(folder).name == "checkpoint-4"
-    assert (folder / training_folder.UNFINISHED).is_dir()
-    wanted = train(learner(), some_text(), None, some_settings(), folder=tmp_path / "straight")
-    found = train(learner(), some_text(), None, some_settings(), folder=folder, resume=True)
-    assert found.losses == wanted.losses and not (folder / training_folder.UNFINISHED).exists()
+)  # fmt: skip
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(killed, straight, name, last):
+    folder, model = killed / name, learner()
+    found = training_folder.last_checkpoint(folder)
+    assert (found and found.name) == (last and f"checkpoint-{last}")
+    assert (folder / training_folder.UNFINISHED).is_dir() == (name != "no_more_bytes")
+    history = train(model, some_text(), some_text(6, 1), some_settings(), folder=folder, resume=True)
+    same(history, straight[0], model, straight[1])
+    assert not (folder / training_folder.UNFINISHED).exists()
+    again = train(model, some_text(), some_text(6, 1), some_settings(), folder=folder, resume=True)
+    assert again == history  # it is finished
 
 
-def test_a_kill_before_the_first_checkpoint_and_after_the_last(tmp_path):
-    folder, wanted_model = tmp_path / "run", learner()
-    killed(
-        folder,
-        "training_folder.save_file = lambda *args: kill()\n"
-        "train(learner(), some_text(), some_text(6, 1), some_settings(), folder=sys.argv[1])",
-    )
-    assert training_folder.last_checkpoint(folder) is None
-    wanted = train(wanted_model, some_text(), some_text(6, 1), some_settings(), folder=tmp_path / "straight")
-    for _ in range(2):  # the second finds it finished
-        model = learner()
-        found = train(model, some_text(), some_text(6, 1), some_settings(), folder=folder, resume=True)
-        same(found, wanted, model, wanted_model)
+def test_a_file_system_that_takes_no_more_bytes_is_named(killed):
+    said = (killed / "no_more_bytes.txt").read_text()
+    assert f"cannot write the checkpoint of step 8 in {killed / 'no_more_bytes'}: " in said
+    assert said.endswith("; checkpoint-4 is whole and stays")
 
 
 def test_a_training_that_stopped_early_is_not_trained_further(tmp_path, monkeypatch):
