@@ -35,6 +35,7 @@ BENCHMARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("criteria", ()),
     ("compensation", ()),
     ("end_to_end", ()),
+    ("recovery_step", ()),
     ("quantised", ()),
     ("quantisation_rounding", ()),
     ("target_cost", ()),

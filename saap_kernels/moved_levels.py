@@ -1,7 +1,8 @@
 """A low-rank change of a quantised weight's levels, Q' = clamp(round(Q + up down / scale)), and what it multiplies.
 
-N out features, K in features, r rank, G groups. One pass over the weight in C++ on a CPU, plain torch elsewhere; which
-of both runs depends on devices and dtypes alone, so that the same factors always give the same levels.
+N out features, K in features, r rank, G groups. One pass over the weight, in C++ on a CPU and in Triton on a GPU,
+else plain torch; which of them runs depends on devices and dtypes alone, so that the same factors always give the same
+levels.
 """
 
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ class Change(NamedTuple):
 
 def moved_levels(packed: PackedWeight, change: Change) -> Tensor:
     """Q' (N, K), whole numbers within the bits of ``packed`` (N, K), in the dtype of ``change`` (fp64 at most)."""
+    if _triton_runs(packed, change):
+        return _triton_rows(packed, change, False, torch.float32)[: packed.rows, : packed.columns]
     if _native_runs(packed, change):
         buffer = torch.empty(packed.rows, round_up(packed.columns, LINE))
         return _native_rows(packed, change, slice(0, packed.rows), False, buffer)
@@ -53,6 +56,17 @@ def panels(packed: PackedWeight, change: Change | None, dtype: torch.dtype) -> I
             scale, zero = (_by_column(each[rows].float(), packed) for each in (packed.scale, packed.zero))
             values = scale.mul_(_torch_levels(packed, change, rows)).add_(zero)  # in fp32 with two roundings, as unpack
         yield rows, values.to(dtype)
+
+
+def written_out(packed: PackedWeight, change: Change | None, dtype: torch.dtype) -> Tensor:
+    """The whole of ``panels``, padded: (N rounded up to 64, K rounded up to 64), zero beyond N and K."""
+    if dtype != torch.float64 and _triton_runs(packed, change):
+        return _triton_rows(packed, change, True, dtype)
+    shape = round_up(packed.rows, LINE), round_up(packed.columns, LINE)
+    result = torch.zeros(shape, dtype=dtype, device=packed.data.device)
+    for rows, values in panels(packed, change, dtype):
+        result[rows, : packed.columns] = values
+    return result
 
 
 def panel_rows(packed: PackedWeight) -> int:
@@ -89,10 +103,27 @@ def _ranges(count: int, step: int) -> Iterator[slice]:
 
 
 def _native_runs(packed: PackedWeight, change: Change | None) -> bool:
-    scale = packed.scale
-    if scale is None or not packed.data.is_cpu or requested() not in (None, "cpu") or _ext.native() is None:
-        return False
-    return scale.dtype in SCALE_DTYPES and (change is None or change.up.dtype == change.down.dtype == torch.float32)
+    asked = packed.data.is_cpu and requested() in (None, "cpu")
+    return asked and _in_fp32(packed, change) and _ext.native() is not None
+
+
+def _triton_runs(packed: PackedWeight, change: Change | None) -> bool:
+    asked = packed.data.is_cuda and requested() in (None, "triton", "cuda")
+    return asked and _in_fp32(packed, change) and _ext.triton_status()[0]
+
+
+def _in_fp32(packed: PackedWeight, change: Change | None) -> bool:
+    kept = packed.scale is not None and packed.scale.dtype in SCALE_DTYPES
+    return kept and (change is None or change.up.dtype == change.down.dtype == torch.float32)
+
+
+def _triton_rows(packed: PackedWeight, change: Change | None, values: bool, dtype: torch.dtype) -> Tensor:
+    from saap_kernels.triton_moved import moved  # there may be no Triton
+
+    shape = round_up(packed.rows, LINE), round_up(packed.columns, LINE)
+    result = torch.empty(shape, dtype=dtype, device=packed.data.device)
+    up, down = (None, None) if change is None else change
+    return moved(packed, up, down, values, result)
 
 
 def _native_rows(packed: PackedWeight, change: Change | None, rows: slice, values: bool, buffer: Tensor) -> Tensor:

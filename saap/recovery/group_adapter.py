@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saap_kernels import PackedWeight, linear
-from saap_kernels.moved_levels import Change, moved_levels, panels
+from saap_kernels import PackedWeight, library_linear, linear
+from saap_kernels.moved_levels import Change, moved_levels, panels, written_out
 from saap_kernels.packed import with_levels
 
 
@@ -111,6 +111,8 @@ class _Adapted(torch.autograd.Function):
 
 def _product(x: Tensor, weight: PackedWeight, change: Change | None) -> Tensor:
     """x W' (T, N)."""
+    if x.is_cuda:
+        return _whole_product(x, weight, change)
     wide = _wide(x)
     result = wide.new_empty(len(x), weight.rows)
     for rows, values in panels(weight, change, wide.dtype):
@@ -120,9 +122,9 @@ def _product(x: Tensor, weight: PackedWeight, change: Change | None) -> Tensor:
 
 def _product_with_columns(dy: Tensor, weight: PackedWeight, change: Change | None) -> Tensor:
     """dy W (T, K)."""
+    if dy.is_cuda:
+        return _whole_product_with_columns(dy, weight, change)
     wide = _wide(dy)
-    if wide.is_cuda:  # sums over panels would be rounded to 16 bits each time
-        return wide @ torch.cat([values for _, values in panels(weight, change, wide.dtype)])
     result = None
     for rows, values in panels(weight, change, wide.dtype):
         result = wide[:, rows] @ values if result is None else result.addmm_(wide[:, rows], values)
@@ -131,8 +133,26 @@ def _product_with_columns(dy: Tensor, weight: PackedWeight, change: Change | Non
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In fp32 on a CPU, whose products of 16 bits are slower."""
-    return x if x.is_cuda else x.to(torch.promote_types(x.dtype, torch.float32))
+    """In fp32 at least: products of 16 bits are slower on most processors."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _whole_product(x: Tensor, weight: PackedWeight, change: Change | None) -> Tensor:
+    """As ``_product``, by one GEMM in the dtype of x with extents that suit a GPU's."""
+    found = library_linear.whole_product(x, written_out(weight, change, x.dtype), weight, None)
+    return found[:, : weight.rows].contiguous()
+
+
+def _whole_product_with_columns(dy: Tensor, weight: PackedWeight, change: Change | None) -> Tensor:
+    """As ``_product_with_columns``, like ``_whole_product``."""
+    values = written_out(weight, change, dy.dtype)  # [N', K']
+    if weight.rows % library_linear.ALIGNED == 0:
+        values = values[: weight.rows]
+    else:
+        dy = F.pad(dy, (0, len(values) - weight.rows))
+    if weight.columns % library_linear.ALIGNED == 0:
+        values = values[:, : weight.columns]
+    return (dy @ values)[:, : weight.columns].contiguous()
 
 
 def _factors_gradients(dy: Tensor, inputs: Tensor, factors: Factors, group_size: int) -> list[Tensor | None]:

@@ -20,7 +20,8 @@ def recovery_rows(found: Recovered, teacher: str | None) -> dict[str, str]:
     rows = {"recovery": _method(settings), "training text": text}
     rows["tokens trained on"] = f"{history.tokens:,} in {len(history.losses):,} steps"
     if settings.bits is not None:
-        stored = f"int{settings.bits} in groups of {settings.group_size}, rounded by {settings.rounding}"
+        rounded = f"rounded by {settings.rounding}" if "quantise" in found.timings else "as it came"
+        stored = f"int{settings.bits} in groups of {settings.group_size}, {rounded}"
         rows["weights"] = stored if settings.method == "groupwise" else f"trained on {stored}, merged into 16 bits"
     rows["objective"] = _objective(settings, teacher)
     evaluated = {each.step: each.loss for each in history.evaluations}

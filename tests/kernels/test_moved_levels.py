@@ -1,26 +1,19 @@
 """Levels that a low-rank change moves: the C++ code, for any processor and AVX2's, against the definition in fp64."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from saap_kernels import PackedWeight, _ext, moved_levels, pack, unpack, use_backend
+from saap_kernels import PackedWeight, _ext, moved_levels, unpack, use_backend
 from saap_kernels.group_quantise import LEVELS
 from saap_kernels.moved_levels import Change, panels
-
-SHAPES = [(1, 1), (70, 99), (130, 515), (17, 64)]  # tail groups and blocks, rows beyond one team of 16 and one panel
-
-
-def case(shape, bits: int, group: int, dtype: torch.dtype, rank: int = 5) -> tuple[PackedWeight, Change]:
-    torch.manual_seed(0)
-    weight = 0.1 * torch.randn(shape, dtype=dtype)
-    weight[0, :group] = 0.25  # a group of one value, without steps
-    # of a few levels at 4 bits and dozens at 8, so that some are clamped
-    return pack(weight, bits=bits, group_size=group), Change(
-        0.1 * torch.randn(shape[0], rank), torch.randn(rank, shape[1])
-    )
+from tests.kernels.moved_cases import SHAPES, case
 
 
 def dense_levels(packed: PackedWeight, change: Change) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,3 +89,15 @@ def test_float64_changes_are_computed_in_float64() -> None:
     found = moved_levels.moved_levels(packed, Change(*(each.double() for each in change)))
     exact, flat = dense_levels(packed, change)
     assert found.dtype == torch.float64 and torch.equal(found[~flat], exact.round()[~flat])
+
+
+CASES = Path(__file__).with_name("triton_moved_cases.py")
+
+
+@pytest.mark.parametrize("options", [(), ("-p", "tests.kernels.compile_only")], ids=["interpreted", "compiled"])
+def test_triton(options) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(CASES)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | ({} if options else {"TRITON_INTERPRET": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=CASES.parents[2])
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout and "skipped" not in done.stdout

@@ -84,6 +84,15 @@ def test_a_teacher_must_have_the_models_vocabulary_and_lends_its_tokenizer(workp
     assert (tmp_path / "out/tokenizer.json").is_file() and "| objective | next token |" in card(tmp_path / "out").text
 
 
+def test_a_quantised_directory_is_tuned_as_it_is(workplace, tmp_path) -> None:
+    run("export", workplace / "pruned", "--quantised", "int8", "--group-size", 64, "--out", tmp_path / "q")
+    arguments = ("--data", workplace / "text.txt", *SMALL, "--epochs", 0.3, "--group-size", 64)
+    refused = run("recover", tmp_path / "q", *arguments, "--out", tmp_path / "out", code=2)
+    assert "expected settings of int8 in groups of 64, got int4 in groups of 64" in refused.stderr
+    told = run("recover", tmp_path / "q", *arguments, "--bits", 8, "--out", tmp_path / "out").stdout
+    assert "int8 in groups of 64, as it came" in told and saap.load(tmp_path / "out").is_quantized
+
+
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(workplace, tmp_path) -> None:
     result = recover(workplace, "--out", tmp_path / "out", "--dry-run", "--json", "--tokens", 500)
     found = json.loads(result.stdout)

@@ -48,7 +48,7 @@ def recovered(steps: int = 30, evaluations: int = 3, **changes: Any) -> Any:
         history=history,
         sequences=40,
         held_out=2,
-        timings={},
+        timings={"quantise": 1.0},
     )
 
 
@@ -129,6 +129,9 @@ def test_rows_say_what_was_learned_of_what() -> None:
     assert (
         rows["held-out loss"].startswith("2.5000 after step 20, the best") and "30 steps" in rows["tokens trained on"]
     )
+    as_it_came = recovered()
+    as_it_came.timings.clear()
+    assert recovery_rows(as_it_came, None)["weights"] == "int4 in groups of 32, as it came"
     plain = recovered(method="lora", bits=None, top_k=None, hidden=0.5)
     rows = recovery_rows(plain, None)
     assert "weights" not in rows and rows["recovery"] == "LoRA, rank 16, alpha 16, merged"
