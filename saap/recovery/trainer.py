@@ -285,12 +285,17 @@ def _training_mode(model: nn.Module, gradient_checkpointing: bool) -> Iterator[N
     """The model as it was afterwards: out of training mode, without checkpoints."""
     was, inner = model.training, causal_lm(model)
     if gradient_checkpointing:
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(inner, "activation_checkpointing_enable"):  # its name in later versions of transformers
+            inner.activation_checkpointing_enable()
+        else:
+            inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        inner.disable_input_require_grads()  # what that asks for, and checkpoints that are not reentrant do not need
     try:
         yield
     finally:
         if gradient_checkpointing:
-            inner.gradient_checkpointing_disable()
+            disable = getattr(inner, "activation_checkpointing_disable", None)
+            (disable or inner.gradient_checkpointing_disable)()
         model.train(was)
         model.zero_grad(set_to_none=True)
 
