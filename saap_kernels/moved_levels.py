@@ -135,7 +135,8 @@ def _native_rows(packed: PackedWeight, change: Change | None, rows: slice, value
         native.unpack_rows_f32(described(packed), *place)
     else:
         up = change.up.contiguous()
-        down = functional.pad(change.down, (0, width - packed.columns)).contiguous()
+        down = change.down if width == packed.columns else functional.pad(change.down, (0, width - packed.columns))
+        down = down.contiguous()
         native.moved_rows_f32(
             described(packed), up.data_ptr(), down.data_ptr(), width, len(down), *place[:2], values, *place[2:]
         )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saap.checkpoint_files import PLAN_FILE
 from saap.compact import PLAN_ATTRIBUTE
 from saap.plan import Plan
 from saap.quantised_linear import QuantisedLinear
@@ -20,9 +21,9 @@ from saap_kernels import PackedWeight
 class BaseOfAdapters:
     """A quantised model in short.
 
-    ``shapes`` {name: [N, K]} of its quantised Linears; ``plan`` a hash of the plan that pruned it, None where the model
-    came without (a checkpoint is loaded without its plan); ``fingerprint`` a hash of all quantised weights, their
-    scales and zero points rounded to bfloat16, so that a model in bf16 and in fp32 are the same.
+    ``shapes`` {name: [N, K]} of its quantised Linears; ``plan`` a hash of the plan that pruned it, None where none is
+    known; ``fingerprint`` a hash of all quantised weights, their scales and zero points rounded to bfloat16, so that a
+    model in bf16 and in fp32 are the same.
     """
 
     bits: int
@@ -39,7 +40,7 @@ class BaseOfAdapters:
         first = next(iter(packed.values()))
         assert first.group_size is not None
         shapes = {name: list(each.shape) for name, each in packed.items()}
-        plan = getattr(model, PLAN_ATTRIBUTE, None)
+        plan = _plan_of(model)
         return cls(
             first.bits, first.group_size, shapes, None if plan is None else plan_hash(plan), weights_hash(packed)
         )
@@ -64,6 +65,8 @@ class BaseOfAdapters:
                 f"{folder}: expected adapters of groups of {mine.group_size}, as the model has, "
                 f"got adapters of groups of {self.group_size}, which it cannot express"
             )
+        if (mine.bits, mine.shapes, mine.fingerprint) == (self.bits, self.shapes, self.fingerprint):
+            return
         if None not in (mine.plan, self.plan) and mine.plan != self.plan:
             raise ValueError(
                 f"{folder}: these adapters belong to another plan: theirs is {self.plan}, the model's is {mine.plan}"
@@ -75,11 +78,10 @@ class BaseOfAdapters:
                     f"{folder}: these adapters belong to another plan or base: {name} is {theirs} there and "
                     f"{ours} in the model"
                 )
-        if (mine.bits, mine.fingerprint) != (self.bits, self.fingerprint):
-            raise ValueError(
-                f"{folder}: these adapters belong to another base: theirs is int{self.bits} with fingerprint "
-                f"{self.fingerprint}, the model is int{mine.bits} with {mine.fingerprint}"
-            )
+        raise ValueError(
+            f"{folder}: these adapters belong to another base: theirs is int{self.bits} with fingerprint "
+            f"{self.fingerprint}, the model is int{mine.bits} with {mine.fingerprint}"
+        )
 
 
 def plan_hash(plan: Plan) -> str:
@@ -97,6 +99,14 @@ def weights_hash(packed: dict[str, PackedWeight]) -> str:
         for tensor in (each.data, each.scale.bfloat16(), each.zero.bfloat16()):
             digest.update(_bytes(tensor))
     return digest.hexdigest()[:16]
+
+
+def _plan_of(model: nn.Module) -> Plan | None:
+    """That which pruned ``model``, or the one in the directory that it was loaded from."""
+    plan: Plan | None = getattr(model, PLAN_ATTRIBUTE, None)
+    name = getattr(model, "name_or_path", "")
+    file = Path(name) / PLAN_FILE
+    return Plan.load(file) if plan is None and name and file.is_file() else plan
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -36,8 +36,11 @@ class Factors:
 def pool(x: Tensor, group_size: int) -> Tensor:
     """Sums of x (..., K) over groups of inputs: (..., ceil(K / group_size))."""
     columns = x.shape[-1]
-    groups = -(-columns // group_size)
-    return F.pad(x, (0, groups * group_size - columns)).unflatten(-1, (groups, group_size)).sum(-1)
+    whole = columns // group_size * group_size
+    found = [x[..., :whole].unflatten(-1, (-1, group_size)).sum(-1)] if whole else []
+    if whole < columns:  # the last group is shorter; padding x would copy it
+        found.append(x[..., whole:].sum(-1, keepdim=True))
+    return torch.cat(found, -1) if len(found) > 1 else found[0]
 
 
 @torch.no_grad()
@@ -66,9 +69,9 @@ def adapted_linear(
 
 def _with_zero_points(packed: PackedWeight, factors: Factors) -> PackedWeight:
     assert packed.zero is not None
-    rows, zero = packed.rows, packed.zero.clone()
-    change = factors.scaling * (factors.b @ factors.a)  # [N, G]
-    zero[:rows] = (zero[:rows].to(change.dtype) + change).to(zero.dtype)
+    rows, dtype = packed.rows, factors.a.dtype
+    zero = torch.zeros_like(packed.zero)
+    zero[:rows] = torch.addmm(packed.zero[:rows].to(dtype), factors.b, factors.a, alpha=factors.scaling)  # [N, G]
     return replace(packed, zero=zero)
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import saap
+from saap.checkpoint_files import PLAN_FILE
 from saap.compact import PLAN_ATTRIBUTE
 from saap.recovery.adapted_linear import adapted_linears, merge_adapters
 from saap.recovery.attach import attach
@@ -116,7 +117,10 @@ def test_adapters_of_another_plan_are_refused(tmp_path) -> None:
     load_adapters(pruned(0), tmp_path / "out")
     with pytest.raises(ValueError, match="another plan: theirs is [0-9a-f]{16}, the model's is [0-9a-f]{16}"):
         load_adapters(other, tmp_path / "out")
-    saap.save(other, tmp_path / "other")  # loaded without its plan, it is another base
+    saap.save(other, tmp_path / "other")
+    with pytest.raises(ValueError, match="another plan: theirs is [0-9a-f]{16}, the model's is [0-9a-f]{16}"):
+        load_adapters(saap.load(tmp_path / "other"), tmp_path / "out")
+    (tmp_path / "other" / PLAN_FILE).unlink()
     with pytest.raises(ValueError, match="another (plan or )?base"):
         load_adapters(saap.load(tmp_path / "other"), tmp_path / "out")
 
