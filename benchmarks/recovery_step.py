@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from statistics import median
 
 import torch
@@ -30,6 +31,7 @@ from saap.recovery.settings import Settings
 from saap.units import discover
 
 RANK, GROUP = 16, 32
+PEER = "peft LoRA"
 VARIANTS = {  # name: bits, levels
     "int4": (4, True),
     "int4, zero points alone": (4, False),
@@ -123,7 +125,8 @@ def measure(quick: bool) -> Iterator[Row]:
             )
             for name, (bits, levels) in VARIANTS.items()
         }
-        steps["lora"] = Step(case.model, Settings(method="lora", bits=None, rank=RANK), case.batch)
+        if find_spec("peft") is not None:  # a machine with a GPU may lack it
+            steps[PEER] = Step(case.model, Settings(method="lora", bits=None, rank=RANK), case.batch)
         try:
             for count in (1,) if quick or torch.cuda.is_available() else (1, 2):
                 if count <= (os.cpu_count() or 1):
@@ -153,20 +156,25 @@ def linears(model: PreTrainedModel) -> list[torch.nn.Linear]:
 
 
 def rows(case: Case, steps: dict[str, Step], asked: bool) -> Iterator[Row]:
-    found = seconds(steps, case.repeats)
-    tokens = case.batch[0] * case.batch[1]
-    shape = f"{case.batch[0]} x {case.batch[1]} tokens"
+    found, tokens = seconds(steps, case.repeats), case.batch[0] * case.batch[1]
+    title = f"{case.name}, {case.batch[0]} x {case.batch[1]} tokens: "
+    if torch.cuda.is_available():
+        rates = {name: tokens / each for name, each in found.items()}
+        yield from compared(f"{title}a step of ", "", rates, "tok/s", ">= 1.0" * asked)
+    else:
+        times = {name: 1e3 * each for name, each in found.items()}
+        yield from compared(f"{title}a step of ", f", {torch.get_num_threads()} threads", times, "ms", "<= 1.2" * asked)
+    sizes = {name: each / 2**20 for name, each in peaks(steps, device()).items()}
+    yield from compared(f"{title}memory above its weights, ", "", sizes, "MiB", "")
+
+
+def compared(title: str, end: str, found: dict[str, float], unit: str, asked: str) -> Iterator[Row]:
+    """Each variant against LoRA, where peft is there to run it."""
     for name in VARIANTS:
-        title = f"{case.name}, {shape}: a step of {name} / peft LoRA"
-        if torch.cuda.is_available():
-            yield Row.compare(title, tokens / found[name], tokens / found["lora"], "tok/s", ">= 1.0" * asked)
+        if PEER in found:
+            yield Row.compare(f"{title}{name} / {PEER}{end}", found[name], found[PEER], unit, asked)
         else:
-            title = f"{title}, {torch.get_num_threads()} threads"
-            yield Row.compare(title, 1e3 * found[name], 1e3 * found["lora"], "ms", "<= 1.2" * asked)
-    taken = peaks(steps, device())
-    for name in VARIANTS:
-        yield Row.compare(f"{case.name}, {shape}: memory above its weights, {name} / LoRA", *(
-            taken[each] / 2**20 for each in (name, "lora")), "MiB")  # fmt: skip
+            yield Row.single(f"{title}{name}{end}; no peft here to compare with", found[name], unit)
 
 
 if __name__ == "__main__":

@@ -83,8 +83,8 @@ def _torch_levels(packed: PackedWeight, change: Change, rows: slice) -> Tensor:
     data = (from_nibbles(stored) if packed.bits == 4 else stored)[:, : packed.columns]
     moved = change.up[rows] @ change.down  # [rows, K]
     scale = packed.scale[rows].to(moved.dtype)
-    inverse = _by_column(torch.where(scale > 0, scale, torch.inf), packed)  # a group of one value has no steps
-    return moved.div_(inverse).add_(data).round_().clamp_(lowest, lowest + steps)
+    divisor = _by_column(torch.where(scale > 0, scale, torch.inf), packed)  # a group of one value has no steps
+    return moved.div_(divisor).add_(data).round_().clamp_(lowest, lowest + steps)
 
 
 def _by_column(values: Tensor, packed: PackedWeight) -> Tensor:

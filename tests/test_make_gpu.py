@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 GPU_TESTS = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("tests/kernels/test_gpu*.py"))
 # packages of the tests and tools that a machine with a GPU, where nothing is installed, need not have
-ABSENT = ("torch_pruning", "datasets", "lm_eval", "ruff", "mypy", "build")
+ABSENT = ("torch_pruning", "datasets", "lm_eval", "peft", "ruff", "mypy", "build")
 BLOCKER = f"""
 import sys
 class Absent:
@@ -31,7 +31,7 @@ def test_every_gpu_test_is_collected_with_the_packages_of_the_device(tmp_path) -
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", "pytest", "-p", "absent", "--collect-only", "-q", "-m", "gpu", *GPU_TESTS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0 and len(GPU_TESTS) == 7, done.stdout[-3000:] + done.stderr[-2000:]
+    assert done.returncode == 0 and len(GPU_TESTS) == 8, done.stdout[-3000:] + done.stderr[-2000:]
     assert all(f"{file}::test_" in done.stdout for file in GPU_TESTS)
 
 
