@@ -106,7 +106,7 @@ def store(model: PreTrainedModel, then: str, ground: Ground) -> PreTrainedModel:
     if not then:
         return model
     if then == "float16":
-        return model.half().float()
+        return nn.Module.float(nn.Module.half(model))  # transformers refuses its own for quantised models
     data = {} if then != "gptq" else {"tokenizer": ground.tokenizer, "data": _sequences(ground)}
     return saap.quantise(model, **QUANTISED, rounding=then, **data)
 

@@ -6,11 +6,12 @@ from saap.recovery.settings import Settings
 
 DISTILLED, NEXT = "distillation", "next_token"
 TUNING = {  # of every case; chosen on the selection text (docs/recovery.md)
-    "seq_len": 256,
-    "batch_size": 8,
+    "seq_len": 512,
+    "batch_size": 4,
     "epochs": 5.0,
     "patience": None,  # the last parameters count: no text is held out of so few tokens
 }
+HIDDEN = 4.0  # weight of the hidden states' distance, in distillation
 QUANTISED = {"bits": 4, "group_size": 32}
 
 
@@ -30,7 +31,8 @@ class Case:
 
 def _settings(method: str, objective: str, **others: object) -> Settings:
     bits = {} if method == "groupwise" else {"bits": None}
-    return Settings(**{"method": method, "objective": objective, **bits, **TUNING, **others})  # type: ignore[arg-type]
+    hidden = HIDDEN if objective == DISTILLED else 0.0
+    return Settings(**{"method": method, "objective": objective, "hidden": hidden, **bits, **TUNING, **others})  # type: ignore[arg-type]
 
 
 LORA = "LoRA r16, 16-bit"
