@@ -11,7 +11,7 @@ TUNING = {  # of every case; chosen on the selection text (docs/recovery.md)
     "epochs": 5.0,
     "patience": None,  # the last parameters count: no text is held out of so few tokens
 }
-HIDDEN = 4.0  # weight of the hidden states' distance, in distillation
+HIDDEN = 16.0  # weight of the hidden states' distance, in distillation
 QUANTISED = {"bits": 4, "group_size": 32}
 
 
