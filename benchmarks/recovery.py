@@ -1,7 +1,7 @@
 """Perplexity after pruning and recovery: group-wise tuning against LoRA and LoRA quantised afterwards, same tokens.
 
 ``python -m benchmarks.recovery [--model small_model] [--text selection|report] [--ratios 0.5,0.2] [--seeds 0]
-[--groups main,others,choices] [--match TEXT] [--cells FILE] [--set NAME=VALUE ...]``. The model is pruned by SAAP's
+[--groups main,others,choices] [--match REGEX] [--cells FILE] [--set NAME=VALUE ...]``. The model is pruned by SAAP's
 default, then tuned on the calibration text; hyper-parameters are chosen on the selection text, where ``--set`` tries
 others, and numbers are reported on the report text. ``--cells`` writes every cell as it is measured; those already in
 the file are not measured again, and refused if they were measured with other settings. ``recovery_table`` makes the
@@ -11,6 +11,7 @@ tables of docs/recovery.md of it.
 import argparse
 import copy
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -148,7 +149,7 @@ def _check_kept(kept: Sequence[Cell], ground: Ground) -> None:
 
 def chosen_cases(groups: Sequence[str], match: str, changes: dict[str, Any]) -> list[Case]:
     """Cases by group and name; ``changes`` of their settings are added to the names. SystemExit for none."""
-    cases = [case for case in CASES if case.group in groups and match in case.name]
+    cases = [case for case in CASES if case.group in groups and re.search(match, case.name)]
     if changes:
         suffix = "".join(f", {name}={value}" for name, value in changes.items())
         cases = [
@@ -157,7 +158,7 @@ def chosen_cases(groups: Sequence[str], match: str, changes: dict[str, Any]) -> 
             if case.settings is not None
         ]
     if not cases:
-        raise SystemExit(f"error: no case of {', '.join(groups)} has {match!r} in its name")
+        raise SystemExit(f"error: no case of {', '.join(groups)} matches {match!r}")
     return cases
 
 
@@ -212,6 +213,14 @@ def _groups(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"expected a regular expression; got {text!r}: {error}") from error
+    return text
+
+
 def _change(text: str) -> tuple[str, Any]:
     """A setting and its value, as JSON where it is JSON."""
     name, _, value = text.partition("=")
@@ -229,7 +238,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ratios", type=ratio_list, default=(0.5, 0.2), help="of the blocks (default 0.5,0.2)")
     parser.add_argument("--seeds", type=seed_list, default=(0,), help="of calibration and training (default 0)")
     parser.add_argument("--groups", type=_groups, default=("main",), help=f"of {', '.join(GROUPS)} (default main)")
-    parser.add_argument("--match", default="", help="only cases with this in their name")
+    parser.add_argument(
+        "--match", type=_pattern, default="", help="only cases in whose name this regular expression is found"
+    )
     parser.add_argument("--tokens", type=positive, default=TOKENS, help="of the text (default: all of it)")
     parser.add_argument("--cells", type=Path, help="keep the cells in this file, and add those that it lacks")
     parser.add_argument("--set", type=_change, nargs="+", default=[], metavar="NAME=VALUE", help="other settings")
