@@ -238,9 +238,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ratios", type=ratio_list, default=(0.5, 0.2), help="of the blocks (default 0.5,0.2)")
     parser.add_argument("--seeds", type=seed_list, default=(0,), help="of calibration and training (default 0)")
     parser.add_argument("--groups", type=_groups, default=("main",), help=f"of {', '.join(GROUPS)} (default main)")
-    parser.add_argument(
-        "--match", type=_pattern, default="", help="only cases in whose name this regular expression is found"
-    )
+    parser.add_argument("--match", type=_pattern, default="", help="regular expression: only cases with it in the name")
     parser.add_argument("--tokens", type=positive, default=TOKENS, help="of the text (default: all of it)")
     parser.add_argument("--cells", type=Path, help="keep the cells in this file, and add those that it lacks")
     parser.add_argument("--set", type=_change, nargs="+", default=[], metavar="NAME=VALUE", help="other settings")
