@@ -16,7 +16,8 @@ import setuptools
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 
 CPU_SOURCES = [
-    f"csrc/{name}.cpp" for name in ("bindings", "activation_sums", "linear_cpu", "salience_reduce", "unpack_cpu")
+    f"csrc/{name}.cpp"
+    for name in ("bindings", "activation_sums", "linear_cpu", "moved_levels", "salience_reduce", "unpack_cpu")
 ]
 CPU_HEADERS = ["csrc/packed_blocks.h", "csrc/packed_rows.h"]
 CUDA_SOURCES = [

@@ -35,7 +35,9 @@ BENCHMARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("criteria", ()),
     ("compensation", ()),
     ("end_to_end", ()),
+    ("recovery_step", ()),
     ("quantised", ()),
+    ("quantisation_rounding", ()),
     ("target_cost", ()),
 )
 LEAST_SECONDS = 20  # with less time left no module is started

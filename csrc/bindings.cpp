@@ -106,6 +106,18 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("weight"), py::arg("first"), py::arg("count"), py::arg("result"), py::arg("result_pitch"),
       py::arg("threads"), py::arg("portable") = false);
+  m.def(
+      "moved_rows_f32",
+      [](const PackedRowsTuple& weight, uintptr_t up, uintptr_t down, int64_t down_pitch, int64_t rank, int64_t first,
+         int64_t count, bool values, uintptr_t result, int64_t result_pitch, int threads, bool portable) {
+        py::gil_scoped_release release;
+        const saap::MovedRows rows{packed_rows(weight), address<const float>(up), address<const float>(down),
+                                   down_pitch, rank};
+        saap::moved_rows_f32(rows, first, count, values, address<float>(result), result_pitch, threads, portable);
+      },
+      py::arg("weight"), py::arg("up"), py::arg("down"), py::arg("down_pitch"), py::arg("rank"), py::arg("first"),
+      py::arg("count"), py::arg("values"), py::arg("result"), py::arg("result_pitch"), py::arg("threads"),
+      py::arg("portable") = false);
 #ifdef SAAP_CUDA
   m.def(
       "cuda_versions",

@@ -75,6 +75,18 @@ void packed_linear_f32(const PackedLinear& arguments);
 void unpack_rows_f32(const PackedRows& weight, int64_t first, int64_t count, float* result, int64_t result_pitch,
                      int threads, bool portable);
 
+// A low-rank change of the levels of a quantised weight: Q' = Q + up down / scale, rounded, kept within its bits.
+struct MovedRows {
+  PackedRows weight;
+  const float* up;    // (rows, rank)
+  const float* down;  // (rank, columns rounded up to 64)
+  int64_t down_pitch, rank;
+};
+
+// Rows first to first + count of it as fp32, scale * Q' + zero if ``values``, else Q'; columns as unpack_rows_f32.
+void moved_rows_f32(const MovedRows& arguments, int64_t first, int64_t count, bool values, float* result,
+                    int64_t result_pitch, int threads, bool portable);
+
 // A schedule of token blocks is (blocks, 5) int32 on the device: first row, rows, sequence at its last block (else -1).
 struct ActivationPlanes {
   const void* x;  // (tokens, features)

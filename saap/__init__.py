@@ -20,6 +20,7 @@ from saap.plan import LayerPlan, Plan
 from saap.prune import PruneResult, prune
 from saap.quantise import export_quantised, quantise
 from saap.quantiser import SaapConfig
+from saap.recovery.recover import Recovered, recover
 from saap.report import report
 from saap.scores import Scores
 from saap.search import search
@@ -42,6 +43,7 @@ __all__ = [
     "LayerPlan",
     "Plan",
     "PruneResult",
+    "Recovered",
     "SaapConfig",
     "Scores",
     "Statistics",
@@ -63,6 +65,7 @@ __all__ = [
     "lora_targets",
     "prune",
     "quantise",
+    "recover",
     "register_family",
     "report",
     "save",

@@ -11,12 +11,15 @@ from transformers import PreTrainedModel
 from saap.evaluate import Evaluation
 from saap.plan import Plan
 from saap.quantised_config import in_words
+from saap.serving.gguf_architecture import architecture_of, refuse_misaligned, refuse_other_mathematics
+from saap.serving.targets import TARGETS, config_fault
 from saap.stored_weight import METHOD
 from saap.units import Units
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_DATA = "hub:"
 HERE = "THIS_DIRECTORY"
+GGUF_TYPE = "q8_0"
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Made:
 
     ``base`` and ``data`` are what the dense model and the calibration text were loaded by, ``measured`` says how much
     of the text was read, ``rounding`` how weights were quantised, ``command`` is the command line; ``evaluation`` is
-    on the text ``evaluated_on``.
+    on the text ``evaluated_on``, and so are those that it is ``against``. ``recovery`` are (name, value) of how the
+    model was tuned, if it was: a calibration text is then what it was tuned on.
     """
 
     base: str = ""
@@ -35,6 +39,18 @@ class Made:
     evaluation: Evaluation | None = None
     evaluated_on: str | None = None
     rounding: str = ""
+    recovery: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def rows(self) -> list[tuple[str, Evaluation]]:
+        """(name, Evaluation) of the dense model, the pruned one and the recovered one, as far as they were measured."""
+        names = ("recovered", "pruned", "dense") if self.recovery else ("pruned", "dense")
+        return list(zip(names, comparisons(self.evaluation), strict=False))[::-1]
+
+
+def comparisons(evaluation: Evaluation | None) -> list[Evaluation]:
+    """An evaluation, the one that it is against, the one that this is against, and so on."""
+    return [] if evaluation is None else [evaluation, *comparisons(evaluation.against)]
 
 
 def hub_name(name: str) -> str | None:
@@ -50,19 +66,20 @@ def told_name(name: str) -> str:
 def model_card(model: PreTrainedModel, units: Units, plan: Plan | None, version: str, made: Made | None = None) -> str:
     """Markdown with the hub's metadata, sizes, how the model was made, and the lines that load and serve it."""
     made = made or Made()
-    title = f"Pruned {told_name(made.base) or units.family}"
+    tuned, name = bool(made.recovery), told_name(made.base) or units.family
+    title = f"Recovered {name}" if tuned else f"Pruned {name}"
     parts = [
         f"---\n{_metadata(title, made)}\n# license: left to you; that of the base model holds on\n---",
         f"# {title}",
         "A structurally pruned causal language model: whole KV groups, MLP channels or experts were removed with SAAP "
-        f"{version}.",
+        f"{version}{', and what is left was tuned on text' if tuned else ''}.",
         _table(_sizes(model, units, plan)),
         *_making(plan, made),
         *_measured(made),
         "## Load it",
         _loading(model),
         "## Serve it",
-        _serving(model),
+        _serving(model, units),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -119,9 +136,10 @@ def _quantisation(model: PreTrainedModel) -> dict[str, Any]:
 def _making(plan: Plan | None, made: Made) -> list[str]:
     rows = [] if hub_name(made.base) is None else [("base model", made.base)]
     if made.data is not None:
-        rows.append(("calibration text", told_name(made.data)))
+        rows.append(("tuned on" if made.recovery else "calibration text", told_name(made.data)))
     if made.measured:
         rows.append(("measured on", made.measured))
+    rows += made.recovery
     if made.rounding:
         rows.append(("rounding of weights", made.rounding))
     if plan is not None:
@@ -138,12 +156,12 @@ def _measured(made: Made) -> list[str]:
     found = made.evaluation
     if found is None or made.evaluated_on is None:
         return []
-    dense = [("dense", found.against)] if found.against is not None else []
     rows = [
-        f"| {name} | {each.perplexity:.2f} | {each.parameters:,} | {each.kv_cache_bytes_per_token:,} |"
-        for name, each in [*dense, ("pruned", found)]
+        f"| {name} | {each.perplexity:.2f} | {each.parameters:,} | {each.weight_bytes:,} | "
+        f"{each.kv_cache_bytes_per_token:,} |"
+        for name, each in made.rows
     ]
-    header = ["| | perplexity | parameters | KV cache bytes per token |", "|---|---|---|---|"]
+    header = ["| | perplexity | parameters | bytes of weights | KV cache bytes per token |", "|---|---|---|---|---|"]
     text = f"On {told_name(made.evaluated_on)}: {found.tokens:,} tokens in windows of {found.seq_len}, {found.dtype}."
     return ["## Measured", text, "\n".join(header + rows)]
 
@@ -164,14 +182,31 @@ def _loading(model: PreTrainedModel) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def _serving(model: PreTrainedModel) -> str:
+def _serving(model: PreTrainedModel, units: Units) -> str:
     method = _quantisation(model).get("quant_method")
     ours = type(model).__name__.startswith("Saap") or method == METHOD
     lines = [
         (f"saap serve {HERE}", "OpenAI's API on transformers: pip install 'saap[serve]'"),
         (f"vllm serve {HERE}", f"vLLM, {'with saap installed' if ours else 'a stock model'}"),
     ]
-    if method is None:
-        lines.append((f"saap export {HERE} --gguf model.gguf --type q8_0", "llama.cpp: pip install 'saap[gguf]'"))
+    kind = _gguf_type(model, units) if method is None else None
+    if kind is not None:
+        lines.append((f"saap export {HERE} --gguf model.gguf --type {kind}", "llama.cpp: pip install 'saap[gguf]'"))
     width = max(len(line) for line, _ in lines)
     return "\n".join(["```", *(f"{line:{width}}  # {remark}" for line, remark in lines), "```"])
+
+
+def _gguf_type(model: PreTrainedModel, units: Units) -> str | None:
+    """The type of weights that ``saap export --gguf`` writes of this model: its default, f16, or None for no file."""
+    try:
+        architecture_of(units.family, units.layers, bool(model.config.tie_word_embeddings))
+        refuse_other_mathematics(model.config)
+    except ValueError:
+        return None
+    if config_fault(TARGETS["llama.cpp"], model.config) is not None:  # rotary embeddings
+        return None
+    try:
+        refuse_misaligned(units.layers, GGUF_TYPE)
+    except ValueError:
+        return "f16"
+    return GGUF_TYPE

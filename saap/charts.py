@@ -8,6 +8,7 @@ from saap.axes import Axis, number, whole_ticks
 
 WIDTH = 440.0  # user units of every chart; a phone shows one at about four fifths of that
 SHADES = 9  # colours of a heat map
+MOST_POINTS, MOST_DOTS = 400, 40  # of a curve: about one a unit; more dots would touch
 LEFT, TOP, BOTTOM = 70.0, 8.0, 44.0  # left: the axis' name and a label such as 1.2·10⁻⁴
 RIGHT, EDGE = 60.0, 24.0  # with and without labels behind the bars
 Tick = tuple[float, str]  # position and label
@@ -62,6 +63,16 @@ class Scatter:
     frame: Frame
     kept: str
     removed: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line through values by step; dots where they are few, and a ring around one of them."""
+
+    frame: Frame
+    line: str
+    dots: str
+    ring: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -138,6 +149,29 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> Scatter:
         else:
             removed.append(f"M{_n(across - 2)} {_n(down - 2)}l4 4m-4 0l4-4")
     return Scatter(frame, "".join(kept), "".join(removed))
+
+
+def curve(points: Sequence[tuple[float, float]], steps: int, y_label: str, ringed: float | None = None) -> Curve:
+    """(step, value) from left to right over 0 to ``steps``; of many, means of neighbours. ``ringed`` is a step."""
+    each = -(-len(points) // MOST_POINTS)
+    drawn = [_mean(points[start : start + each]) for start in range(0, len(points), each)]
+    x_axis, y_axis = Axis(0, max(steps, 1)), Axis.around(y for _, y in drawn).padded()
+    height, width = 220.0, WIDTH - LEFT - EDGE
+    places = [(LEFT + x_axis.place(x) * width, TOP + (1 - y_axis.place(y)) * height) for x, y in drawn]
+    frame = Frame(
+        height, "step", y_label + _scale_note(y_axis),
+        [(LEFT + place * width, text) for place, text in x_axis.ticks() if float(x_axis.value(place)).is_integer()],
+        [(TOP + (1 - place) * height, text) for place, text in y_axis.ticks()], right=EDGE,
+    )  # fmt: skip
+    line = "".join(f"{'L' if index else 'M'}{_n(x)} {_n(y)}" for index, (x, y) in enumerate(places))
+    dots = "".join(f"M{_n(x)} {_n(y)}h0" for x, y in places) if len(places) <= MOST_DOTS else ""
+    ring = next((place for place, (step, _) in zip(places, drawn, strict=True) if step == ringed), None)
+    return Curve(frame, line, dots, ring)
+
+
+def _mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    xs, ys = zip(*points, strict=True)
+    return sum(xs) / len(points), sum(ys) / len(points)
 
 
 def _scale_note(axis: Axis) -> str:

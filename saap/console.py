@@ -52,8 +52,9 @@ def user_errors(debug: bool) -> Iterator[None]:
             raise
         screen.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        screen.print("interrupted; no unfinished output was left behind")
+    except KeyboardInterrupt as interrupt:  # what can be gone on with says so
+        said = str(interrupt) or "interrupted; no unfinished output was left behind"
+        screen.print(said, markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
 
 

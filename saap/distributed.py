@@ -3,10 +3,13 @@
 We write no launcher: ``torchrun --nproc-per-node N -m saap calibrate ...`` starts the ranks.
 """
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -14,7 +17,19 @@ from torch import Tensor, distributed
 from saap.moments import Moments
 from saap.statistics import ModuleStatistics, Statistics
 
+Result = TypeVar("Result")
+
 TIMEOUT = timedelta(minutes=30)  # one rank may be that much slower than another before the job fails
+
+
+_joined = itertools.count()  # groups of this process, and of every other that torchrun launched
+
+
+@cache
+def _store() -> tuple[distributed.Store, int, int]:
+    """Where the processes find each other, this one's rank and their number."""
+    found: tuple[distributed.Store, int, int] = next(distributed.rendezvous("env://", timeout=TIMEOUT))
+    return found
 
 
 @contextmanager
@@ -29,7 +44,10 @@ def process_group() -> Iterator[int]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend, timeout=TIMEOUT)
+    store, own, processes = _store()
+    # addresses of a group that was left are still in the store: the next one has names of its own
+    store = distributed.PrefixStore(f"saap-{next(_joined)}", store)
+    distributed.init_process_group(backend, store=store, rank=own, world_size=processes, timeout=TIMEOUT)
     try:
         yield rank()
     finally:
@@ -51,6 +69,44 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes that share the calibration set; 1 without a process group."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's value, on every rank, in the order of ranks: small objects that can be pickled."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def check_agreement(values: dict[str, Any]) -> None:
+    """Raise ValueError, on every rank, naming what of ``values`` differs between ranks."""
+    everyone = gathered(values)
+    differing = [name for name in values if any(other.get(name) != values[name] for other in everyone)]
+    if any(gathered(differing)):
+        lines = [
+            f"{name}: " + ", ".join(f"{other.get(name)!r} in process {index}" for index, other in enumerate(everyone))
+            for name in sorted({name for names in gathered(differing) for name in names})
+        ]
+        raise ValueError("the processes were not started for the same work; " + "; ".join(lines))
+
+
+def on_first_rank(action: Callable[[], Result]) -> Result:
+    """What ``action`` gives on rank 0, where alone it runs, on every rank; an error of it is raised on every rank."""
+    if world_size() == 1:
+        return action()
+    result: Any = None
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            result = action()
+        except (ValueError, OSError, RuntimeError) as caught:
+            error = caught
+    result, error = gathered((result, error))[0]
+    if error is not None:
+        raise error
+    return result  # type: ignore[no-any-return]  # of rank 0, through pickle
 
 
 def check_world(samples: int) -> None:

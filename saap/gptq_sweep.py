@@ -32,12 +32,13 @@ class QuantisingSweep(ForwardBlocks):
 
     def __init__(
         self, model: PreTrainedModel, units: Units, linears: dict[str, nn.Linear], config: SaapConfig, ids: Tensor,
-        streaming: Streaming | None, progress: Progress | None,
+        streaming: Streaming | None, symmetric: bool, progress: Progress | None,
     ) -> None:  # fmt: skip
         super().__init__(
             model, units, ids, streaming, taken=_gram_bytes(linears), batch_size="auto", progress=None, passes=2
         )
         self.linears, self.config, self.tell, self.home = linears, config, progress, model.device
+        self.symmetric = symmetric
 
     def run(self) -> None:
         """Quantise. ValueError, naming the layer or the weight, leaves the blocks before it quantised."""
@@ -83,9 +84,11 @@ class QuantisingSweep(ForwardBlocks):
         packed = {}
         for name, linear in linears.items():
             gram = sums[keys[name]].gram if name in keys else None  # of one that no token reaches ranges decide
-            options = {"bits": self.config.bits, "group_size": self.config.group_size}
             try:
-                weight = quantise_weight(linear.weight.detach(), **options, clip=True, gram=gram)
+                weight = quantise_weight(
+                    linear.weight.detach(), bits=self.config.bits, group_size=self.config.group_size, clip=True,
+                    gram=gram, symmetric=self.symmetric,
+                )  # fmt: skip
             except ValueError as error:
                 raise ValueError(f"{name}.weight: {error}") from error
             packed[name] = weight.to(self.home)

@@ -83,6 +83,7 @@ class Job:
     step_samples: int | None = None
     compensated_scores: bool | str = "auto"
     command: str = ""
+    recover_tokens: int | None = None
 
     def targets(self) -> dict[float | None, Path]:
         """{ratio: directory}; a plan has the ratio None."""
@@ -106,6 +107,11 @@ class Job:
             raise ValueError(
                 "--steps calibrates anew after every step: it needs --data, and a --ratio instead of a --plan"
             )
+        if self.recover_tokens is not None and (self.data is None or self.plan_file is not None):
+            raise ValueError(
+                "--recover-tokens tunes after every step: it needs --data, and a --ratio instead of a --plan, whose "
+                "model saap recover tunes"
+            )
         if self.baselines and (self.eval_text is None or self.plan_file is not None):
             raise ValueError("--baselines needs --eval, and a --ratio to prune them by instead of a --plan")
         if len(set(self.targets().values())) < len(self.targets()):
@@ -119,7 +125,7 @@ class Job:
         if self.statistics_file is not None:
             check_statistics(Statistics.load(self.statistics_file), *self.criteria)
         measured = self.plan_file is not None or self.statistics_file is not None
-        if self.compensate != "none" or self.steps > 1 or not measured:
+        if self.compensate != "none" or self.steps > 1 or self.recover_tokens is not None or not measured:
             load_documents(self.data)
         if self.eval_text is not None:
             load_documents(self.eval_text)
@@ -143,7 +149,7 @@ class Job:
         """How each ratio is pruned; raises ValueError for a number of steps that is none."""
         return Recipe(
             self.criterion, self.search_options, self.calibration, self.compensate, self.steps,
-            self.compensation_inputs, self.step_samples, self.compensated_scores,
+            self.compensation_inputs, self.step_samples, self.compensated_scores, self.recover_tokens,
         )  # fmt: skip
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[Result]:
@@ -158,6 +164,7 @@ class Job:
             check_tokenizer(model, tokenizer)
         if self.step_samples is not None:  # enough text for all steps, or an error now
             Sequences.of(model, tokenizer, self.data, self.calibration, self.steps, self.step_samples)
+        self.recipe().tuning(model, units, tokenizer, self.data)
         name, watch = shown_name(model.name_or_path), Stopwatch()
         statistics = None if self.statistics_file is None else Statistics.load(self.statistics_file)
         if statistics is not None:

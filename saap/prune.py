@@ -1,4 +1,4 @@
-"""The whole pipeline in one call: calibrate, score, search, compensate, compact, evaluate."""
+"""The whole pipeline in one call: calibrate, score, search, compensate, compact, tune, evaluate."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -58,6 +58,7 @@ def prune(
     compensated_scores: bool | str = "auto",
     steps: int = 1,
     step_samples: int | None = None,
+    recover_tokens: int | None = None,
     samples: int = 128,
     seq_len: int = 512,
     batch_size: int | str = "auto",
@@ -76,6 +77,8 @@ def prune(
     added to what is left of the statistics before. ``compensate`` "bias" or "least_squares" makes up for what a step
     removes by ``compensation`` with inputs ``compensation_inputs``; with ``compensated_scores``, by "auto" for least
     squares and criterion "saap" where there is text enough, the search goes by what least squares cannot make up for.
+    ``recover_tokens`` of ``data``, shared equally by the steps, tune the model after each by LoRA, merged into its
+    weights, on what the dense model predicts, of which a copy is kept meanwhile (pip install 'saap[recover]').
     All need ``data`` with statistics too. ``eval_text`` (what ``evaluate`` takes) is evaluated on the dense and then on
     the pruned model. The other arguments are those of ``calibrate``, ``score`` and ``search``; ``progress`` counts as
     ``prune_in_steps`` says.
@@ -93,7 +96,7 @@ def prune(
             "samples": samples, "seq_len": seq_len, "batch_size": batch_size, "checkpoint": checkpoint,
             "backend": backend, "seed": seed, "stream": stream,
         },
-        compensate, steps, compensation_inputs, step_samples, compensated_scores,
+        compensate, steps, compensation_inputs, step_samples, compensated_scores, recover_tokens,
     )  # fmt: skip
     check_compensate(compensate, data, compensation_inputs)
     refuse_experts(units, compensate, compensation_inputs)
@@ -104,6 +107,8 @@ def prune(
     named_resource(resource).warn_of_dtype(model.dtype)
     if steps > 1 and data is None:
         raise ValueError(f"steps={steps} calibrates again after every step: expected data, got none")
+    if recover_tokens is not None and data is None:
+        raise ValueError("recover_tokens tunes the model on text: expected data, got none")
     if statistics is not None:
         statistics.check_model(units)
         check_statistics(statistics, criterion)
@@ -111,6 +116,7 @@ def prune(
         data = list(data)  # read more than once
     if isinstance(eval_text, Iterator):
         eval_text = list(eval_text)
+    recipe.tuning(model, units, tokenizer, data)  # refused now or never
     watch, evaluation = Stopwatch(), None
     if eval_text is not None:
         if statistics is None:

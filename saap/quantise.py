@@ -72,18 +72,8 @@ def quantise(
     refuse_meta(model)
     refuse_nonfinite_weights(model, family)
     _refuse_too_wide(linears)
-    if rounding == "gptq":
-        ids = _calibration_ids(model, tokenizer, data, samples, seq_len, seed)
-        sweep = QuantisingSweep(
-            model, discover(model), linears, config, ids, resolve_streaming(model, "auto"), progress
-        )
-        with sweep.walking():
-            sweep.run()
-    else:
-        for done, (name, module) in enumerate(linears.items()):
-            quantise_linear(module, f"{name}.weight", config, clip=rounding == "clip")
-            if progress is not None:
-                progress(done + 1, len(linears))
+    ids = calibration_ids(model, rounding, tokenizer, data, samples, seq_len, seed)
+    round_linears(model, linears, config, rounding, ids, progress)
     _describe(model, config)
     return model
 
@@ -98,14 +88,40 @@ def check_rounding(rounding: str, data: Any) -> None:
         raise ValueError(f"rounding {rounding} reads no text: expected no data (--data) beside it; gptq does")
 
 
-def _calibration_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, data: Any, samples: int, seq_len: int, seed: int
-) -> Tensor:
-    """This rank's sequences (N, T)."""
+def check_text(data: Any) -> None:
+    """Read ``data`` where it names a file, so that its errors come before a model is loaded."""
+    if isinstance(data, str | os.PathLike):
+        load_documents(data)
+
+
+def calibration_ids(
+    model: PreTrainedModel, rounding: str, tokenizer: PreTrainedTokenizerBase | None, data: Any, samples: int,
+    seq_len: int, seed: int = 0,
+) -> Tensor | None:  # fmt: skip
+    """This rank's sequences (N, T) for ``round_linears``; None where ``rounding`` reads none."""
+    if rounding != "gptq":
+        return None
     if isinstance(data, Tensor) and data.ndim == 2:
         samples, seq_len = min(samples, len(data)), data.shape[1]
     check_sizes(model, samples, seq_len, "auto")
     return distributed.share(pack_for(model, tokenizer, data, samples=samples, seq_len=seq_len, seed=seed))
+
+
+def round_linears(
+    model: PreTrainedModel, linears: dict[str, nn.Linear], config: SaapConfig, rounding: str, ids: Tensor | None,
+    progress: Progress | None, symmetric: bool = False,
+) -> None:  # fmt: skip
+    """Make ``linears`` quantised ones, see ``quantise``; ``symmetric`` as of ``saap.gptq.quantise_weight``."""
+    if ids is not None:
+        streaming = resolve_streaming(model, "auto")
+        sweep = QuantisingSweep(model, discover(model), linears, config, ids, streaming, symmetric, progress)
+        with sweep.walking():
+            sweep.run()
+        return
+    for done, (name, module) in enumerate(linears.items()):
+        quantise_linear(module, f"{name}.weight", config, clip=rounding == "clip", symmetric=symmetric)
+        if progress is not None:
+            progress(done + 1, len(linears))
 
 
 def export_quantised(
@@ -133,15 +149,14 @@ def export_quantised(
     refuse_existing(Path(out), force)
     if Path(out).resolve() == Path(path).resolve():
         raise ValueError(f"{out} is the model itself; expected another directory: its weights would be lost")
-    if isinstance(data, str | os.PathLike):
-        load_documents(data)
+    check_text(data)
     model = load(path)
     tokenizer = open_tokenizer(os.fspath(path)) if rounding == "gptq" else None
     quantise(
         model, bits=bits, group_size=group_size, rounding=rounding, tokenizer=tokenizer, data=data, samples=samples,
         seq_len=seq_len, seed=seed, progress=progress,
     )  # fmt: skip
-    save_beside(model, path, out, force, _made(model, rounding, data, samples, seq_len))
+    save_beside(model, path, out, force, made_by(model, rounding, data, samples, seq_len))
 
 
 def save_beside(
@@ -157,9 +172,10 @@ def save_beside(
     save(model, out, tokenizer=open_tokenizer(os.fspath(path)), force=force, plan=plan, made=made)
 
 
-def _made(model: PreTrainedModel, rounding: str, data: Any, samples: int, seq_len: int) -> Made:
+def made_by(model: PreTrainedModel, rounding: str, data: Any, samples: int, seq_len: int) -> Made:
     """What the card tells of how the weights were rounded."""
-    text = f", on {samples} sequences of {seq_len} tokens" if rounding == "gptq" else ""
+    counted = rounding == "gptq" and not isinstance(data, Tensor)  # a tensor has sizes of its own
+    text = f", on {samples} sequences of {seq_len} tokens" if counted else ""
     named = f" of {told_name(os.fspath(data))}" if isinstance(data, str | os.PathLike) else ""
     return Made(base=model.name_or_path, rounding=f"{rounding}{text}{named}")
 

@@ -186,15 +186,16 @@ class _Quantise(ConversionOps):
 
 
 def quantise_linear(
-    module: nn.Linear, name: str, config: SaapConfig, weight: Tensor | None = None, clip: bool = False
-) -> None:
+    module: nn.Linear, name: str, config: SaapConfig, weight: Tensor | None = None, clip: bool = False,
+    symmetric: bool = False,
+) -> None:  # fmt: skip
     """Make ``module`` a quantised one, of its own weight unless given; ``name`` is the weight's, for errors.
 
-    ``clip`` searches the ranges of its groups, see ``saap.clip_search``.
+    ``clip`` searches the ranges of its groups, which may be ``symmetric``: see ``saap.gptq.quantise_weight``.
     """
     try:
         given = (module.weight if weight is None else weight).detach()
-        make = partial(quantise_weight, clip=True) if clip else pack
+        make = partial(quantise_weight, clip=clip, symmetric=symmetric) if clip or symmetric else pack
         packed = make(given, bits=config.bits, group_size=config.group_size)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

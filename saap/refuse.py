@@ -29,7 +29,9 @@ def refuse_unsupported(model: PreTrainedModel, *, accelerated: bool = False, qua
         raise ValueError("expected 16- or 32-bit weights, got a model quantised by saap; use the one it was made from")
     config = model.config
     if getattr(model, "_hf_peft_config_loaded", False) or any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError("expected a plain model, got one with PEFT adapters; merge or delete them first")
+        raise ValueError(
+            "expected a plain model, got one with PEFT adapters or group-wise ones; merge or delete them first"
+        )
     described = getattr(model, "is_quantized", False) or getattr(config, "quantization_config", None) is not None
     if described and not ours:
         raise ValueError("expected 16- or 32-bit weights, got a quantised model; load it without quantization_config")

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,19 @@ def report(
 def report_into(folder: Path, *args: Any, **kwargs: Any) -> str | None:
     """Write the report of ``describe_pruning``'s arguments into a checkpoint that is being saved.
 
+    Errors as ``drawn_into``.
+    """
+    return drawn_into(folder, lambda: describe_pruning(*args, **kwargs))
+
+
+def drawn_into(folder: Path, described: Callable[[], Report]) -> str | None:
+    """Write a report into a checkpoint that is being saved.
+
     Whatever goes wrong, a drawing must not cost a model: the error is returned as text, and no file is left.
     """
     target = folder / REPORT_FILE
     try:
-        target.write_text(render(describe_pruning(*args, **kwargs)), encoding="utf-8")
+        target.write_text(render(described()), encoding="utf-8")
     except DRAWING_ERRORS as error:
         target.unlink(missing_ok=True)
         return f"{type(error).__name__}: {error}"

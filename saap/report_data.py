@@ -37,12 +37,26 @@ class ModuleScores:
 
 
 @dataclass(frozen=True)
+class Losses:
+    """How a training went: ``training`` losses, which are ``of`` something, by step, and (step, loss) of held-out text.
+
+    ``best`` is the step whose parameters were taken.
+    """
+
+    of: str
+    training: list[float]
+    held_out: list[tuple[int, float]]
+    best: int
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything a report shows, as values that JSON can hold; sections without data are left out.
 
     ``names`` are those of the model before and after; ``evaluations`` hold (name, Evaluation as a dict), the
     model that the others are compared with first; ``settings`` are {section: {name: value}} and ``timings``
-    seconds by stage.
+    seconds by stage. ``losses`` are those of a model that was trained; ``width_names`` stand for ``names`` beside
+    widths, where those are of other models.
     """
 
     title: str
@@ -56,6 +70,8 @@ class Report:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    losses: Losses | None = None
+    width_names: tuple[str, str] | None = None
     made: str = ""
     version: str = __version__
 

@@ -5,8 +5,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from saap.axes import number
-from saap.charts import LEFT, SHADES, WIDTH, bars, heat_map, scatter
-from saap.report_data import Report
+from saap.charts import LEFT, SHADES, WIDTH, bars, curve, heat_map, scatter
+from saap.report_data import Losses, Report
 
 
 def render(report: Report) -> str:
@@ -28,8 +28,8 @@ def render(report: Report) -> str:
 
 def _charts(report: Report) -> dict[str, list[Any]]:
     """(title, text alternative, geometry) of every chart, by section."""
-    before, after = report.names
-    drawn: dict[str, list[Any]] = {"widths": [], "heat": [], "scatter": []}
+    before, after = report.width_names or report.names
+    drawn: dict[str, list[Any]] = {"widths": [], "heat": [], "scatter": [], "losses": _losses(report.losses)}
     for widths in report.widths:
         if any(widths.before + widths.after):
             text = _describe_widths(widths.before, widths.after, widths.name, before, after)
@@ -49,6 +49,23 @@ def _charts(report: Report) -> dict[str, list[Any]]:
             )
             dots = scatter(module.points, "importance", "fluctuation (std / mean)")
             drawn["scatter"].append((f"{module.name}: importance against fluctuation", text, dots))
+    return drawn
+
+
+def _losses(losses: Losses | None) -> list[Any]:
+    """As ``_charts``, of a training."""
+    if losses is None or not losses.training:
+        return []
+    steps, training = len(losses.training), list(enumerate(losses.training, start=1))
+    text = f"From {number(losses.training[0])} at step 1 to {number(losses.training[-1])} at step {steps:,}."
+    drawn: list[Any] = [("Training loss", text, curve(training, steps, losses.of))]
+    if losses.held_out:
+        found = dict(losses.held_out)
+        text = f"{len(found)} evaluations, from {number(losses.held_out[0][1])} to {number(losses.held_out[-1][1])}."
+        if losses.best in found:
+            text += f" Ringed: step {losses.best:,}, {number(found[losses.best])}, whose parameters were taken."
+        chart = curve(losses.held_out, steps, "next-token loss", losses.best)
+        drawn.append(("Held-out loss", text, chart))
     return drawn
 
 

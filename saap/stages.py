@@ -5,7 +5,10 @@ from functools import partial
 
 from saap.micro_batches import Progress
 
-DOING = {"calibrate": "calibrating", "score": "scoring", "compensate": "compensating", "prune": "pruning"}
+DOING = {
+    "calibrate": "calibrating", "score": "scoring", "compensate": "compensating", "prune": "pruning",
+    "recover": "recovering",
+}  # fmt: skip
 
 
 class Stages:

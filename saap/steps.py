@@ -1,5 +1,6 @@
 """Pruning in one or several steps: calibrate, score, search, compensate, compact, and again on what is left."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from saap.compensated_scores import ENOUGH, compensated_scores, tokens_per_input
 from saap.criteria import Criterion, needs_coupled, score
 from saap.micro_batches import Progress
 from saap.plan import Plan
+from saap.recovery.interleave import Tuning, check_tokens
 from saap.resources import named_resource
 from saap.scores import Scores
 from saap.search import search
@@ -34,7 +36,8 @@ class Recipe:
     step calibrates from nothing on the sequences of the first. ``compensated_scores`` has the search go by what
     least squares cannot make up for; "auto" does where it was measured to help: criterion "saap", ranked
     globally or uniformly, with at least ``ENOUGH`` tokens of text for every input of the dense model's widest o
-    or down.
+    or down. ``recover_tokens`` of the calibration text, shared equally by the steps, tune what each step leaves by
+    LoRA, merged, after the dense model, of which a copy is kept meanwhile.
     """
 
     criterion: str | Criterion = "saap"
@@ -45,6 +48,7 @@ class Recipe:
     compensation_inputs: str = "auto"
     step_samples: int | None = None
     compensated_scores: bool | str = "auto"
+    recover_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.compensated_scores != "auto" and not isinstance(self.compensated_scores, bool):
@@ -60,6 +64,13 @@ class Recipe:
             )
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps must be a positive integer; got {self.steps!r}")
+        if self.recover_tokens is not None:
+            if self.step_samples is not None:
+                raise ValueError(
+                    "step_samples keeps the statistics of the steps before, which are of other weights than those that "
+                    "recover_tokens leaves: give one of the two"
+                )
+            check_tokens(self.recover_tokens, self.steps, self.calibration.get("seq_len", 512))
         if self.step_samples is None:
             return
         if isinstance(self.step_samples, bool) or not isinstance(self.step_samples, int) or self.step_samples < 1:
@@ -80,7 +91,16 @@ class Recipe:
     def kinds(self, units: Units) -> tuple[str, ...]:
         """The stages of a step that take long, of a dense model with ``units``."""
         scores = ("score",) if self.compensates_scores(units) else ()
-        return ("calibrate", *scores, *(() if self.compensate == "none" else ("compensate",)))
+        tuned = () if self.recover_tokens is None else ("recover",)
+        return ("calibrate", *scores, *(() if self.compensate == "none" else ("compensate",)), *tuned)
+
+    def tuning(
+        self, model: PreTrainedModel, units: Units, tokenizer: PreTrainedTokenizerBase | None, data: Any
+    ) -> Tuning | None:
+        """How a dense ``model`` is tuned after each step; ValueError for one that cannot be, or for its text."""
+        if self.recover_tokens is None:
+            return None
+        return Tuning.of(model, units, tokenizer, data, self.recover_tokens, self.steps, self.calibration)
 
     def check_coupled(self, given: bool) -> None:
         """Raise ValueError when coupled statistics cannot be measured as asked; ``given`` serve the first step."""
@@ -160,7 +180,8 @@ def prune_in_steps(
     """
     recipe.check_coupled(given=statistics is not None)
     units, watch = discover(model), watch or Stopwatch()
-    sequences, left = None, None
+    sequences, left, tuning = None, None, recipe.tuning(model, units, tokenizer, data)
+    teacher = None if tuning is None else model if copy else deepcopy(model)
     if recipe.step_samples is not None:
         known = 0 if statistics is None else statistics.sequences
         sequences = Sequences.of(model, tokenizer, data, recipe.calibration, recipe.steps, recipe.step_samples, known)
@@ -186,19 +207,26 @@ def prune_in_steps(
         found = _compensated(model, tokenizer, data, plan, recipe, watch, stages, step)
         with watch("compact"):
             model = compact(model, plan, found, copy=copy and step == 1)
+        if tuning is not None and teacher is not None:
+            with watch("recover"):
+                model = tuning.after(step, model, teacher, stages.of(step, "recover"))
         left = None if sequences is None else left_after(statistics, plan, discover(model))
         plan = getattr(model, PLAN_ATTRIBUTE)  # with the settings of its compensation
         done = Stepped(model, plan, statistics, scores) if done is None else _followed(done, plan)
         statistics = scores = None
     stages.end()
     assert done is not None  # there is a step at least
-    return done if recipe.steps == 1 else _as_one(done, units, ratio, recipe, sequences)
+    return done if recipe.steps == 1 and tuning is None else _as_one(done, units, ratio, recipe, sequences, tuning)
 
 
-def _as_one(done: Stepped, units: Units, ratio: float, recipe: Recipe, sequences: Sequences | None) -> Stepped:
+def _as_one(
+    done: Stepped, units: Units, ratio: float, recipe: Recipe, sequences: Sequences | None, tuning: Tuning | None
+) -> Stepped:
     """With a plan that says what all steps together were asked for, on the model too."""
-    settings = done.plan.settings | {"ratio": ratio, "budget": None, "steps": recipe.steps}
+    settings = dict(done.plan.settings)
+    settings |= {} if recipe.steps == 1 else {"ratio": ratio, "budget": None, "steps": recipe.steps}
     settings |= {} if sequences is None else {"step_samples": sequences.each}
+    settings |= {} if tuning is None else {"recover_tokens": recipe.recover_tokens} | tuning.described
     plan = Plan(units, done.plan.layers, settings)
     object.__setattr__(done.model, PLAN_ATTRIBUTE, plan)
     return Stepped(done.model, plan, done.statistics, done.scores)

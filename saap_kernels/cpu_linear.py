@@ -13,7 +13,7 @@ from saap_kernels.packed import LINE, PackedWeight, round_up
 
 KERNEL_TOKENS = 128  # up to so many the kernel is the faster: python -m benchmarks.decode --switch
 PANEL_ELEMENTS = 1 << 22  # of unpacked rows, which torch.mm then reads from the last cache
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of csrc/kernels.h
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of csrc/kernels.h
 _INT8, _INT4 = 3, 4
 _ACTIVATIONS = {"silu": 1, "gelu_tanh": 2}
 
@@ -42,8 +42,8 @@ def linear_of_padded(h: Tensor, weight: PackedWeight, bias: Tensor | None) -> Te
 def _readable(weight: PackedWeight) -> bool:
     """Whether the kernels know what ``weight`` is made of; all but fp64."""
     if weight.scale is None or weight.zero is None:
-        return weight.data.dtype in _DTYPES
-    return weight.scale.dtype in _DTYPES and weight.scale.dtype == weight.zero.dtype
+        return weight.data.dtype in SCALE_DTYPES
+    return weight.scale.dtype in SCALE_DTYPES and weight.scale.dtype == weight.zero.dtype
 
 
 def _padded(x: Tensor, weight: PackedWeight) -> Tensor:
@@ -120,7 +120,7 @@ def _multiply_panel(
     """out = x times ``rows`` of a weight, or of one half of gate and up, plus their bias."""
     first, count = half * weight.data.shape[-2] + rows.start, rows.stop - rows.start
     _native().unpack_rows_f32(
-        _described(weight), first, count, buffer.data_ptr(), buffer.stride(0), torch.get_num_threads()
+        described(weight), first, count, buffer.data_ptr(), buffer.stride(0), torch.get_num_threads()
     )
     x, panel = x[:, : weight.columns], buffer[:count, : weight.columns].T
     if bias is None:
@@ -131,22 +131,22 @@ def _multiply_panel(
 
 def _run_kernel(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: int, result: Tensor) -> None:
     _native().packed_linear_f32(
-        _described(weight), weight.rows, weight.data.shape[-2], x.data_ptr(), x.stride(0), len(x),
+        described(weight), weight.rows, weight.data.shape[-2], x.data_ptr(), x.stride(0), len(x),
         0 if bias is None else bias.data_ptr(), activation, result.data_ptr(), result.stride(0),
         torch.get_num_threads(),
     )  # fmt: skip
 
 
-def _described(weight: PackedWeight) -> tuple[int, ...]:
+def described(weight: PackedWeight) -> tuple[int, ...]:
     """The ``PackedRows`` of csrc/kernels.h."""
     data, scale, zero = weight.data, weight.scale, weight.zero
     pitch = data.stride(-2) * data.itemsize
     if scale is None or zero is None or weight.group_size is None:
-        return data.data_ptr(), pitch, weight.columns, _DTYPES.index(data.dtype), 0, 0, 0, LINE, 0
+        return data.data_ptr(), pitch, weight.columns, SCALE_DTYPES.index(data.dtype), 0, 0, 0, LINE, 0
     storage = _INT8 if weight.bits == 8 else _INT4
     return (
         data.data_ptr(), pitch, weight.columns, storage, scale.data_ptr(), zero.data_ptr(),
-        _DTYPES.index(scale.dtype), weight.group_size, scale.shape[-1],
+        SCALE_DTYPES.index(scale.dtype), weight.group_size, scale.shape[-1],
     )  # fmt: skip
 
 

@@ -66,14 +66,14 @@ def _narrow(matrix: Tensor, columns: int) -> Tensor:
 def _product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """(T, N) or (T, N') of x (T, K), or (T, K') with zeros beyond K; ``bias`` (N,)."""
     if x.is_cuda:
-        return _whole_product(x, _values(weight, x.dtype), weight, bias)
+        return whole_product(x, _values(weight, x.dtype), weight, bias)
     if weight.bits == 16 and weight.data.dtype == x.dtype and (x.dtype.itemsize > 2 or multiplies(x.dtype)):
         values = _narrow(weight.data, weight.columns)[: weight.rows]
         return functional.linear(_narrow(x, weight.columns), values, bias)
     return _product_by_panels(_narrow(x, weight.columns), weight, bias)
 
 
-def _whole_product(x: Tensor, values: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+def whole_product(x: Tensor, values: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """By one GEMM over ``values`` (N', P), with the padded extents where those of the weight are not aligned."""
     rows, columns = weight.rows, weight.columns
     if columns % ALIGNED == 0:

@@ -12,7 +12,7 @@ import pytest
 NAMES = (
     "replan", "criteria", "calibrate_model", "calibration_kernels", "calibrate_streamed", "torch_pruning_taylor",
     "cost_model", "compensation", "least_squares", "latency_table", "single_units", "decode", "compact_gemm",
-    "end_to_end", "quantised", "target_cost",
+    "end_to_end", "quantised", "quantisation_rounding", "recovery_step", "target_cost",
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """``saap export``: the same model for other runtimes."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -7,7 +8,8 @@ import typer
 
 from saap import console
 from saap.cli.options import Debug, Force
-from saap.quantise import export_quantised
+from saap.data import FORMS
+from saap.quantise import check_rounding, export_quantised
 from saap.serving.compressed_tensors import export_compressed_tensors
 from saap.serving.gguf_export import TYPES, export_gguf
 
@@ -32,6 +34,16 @@ def export(
     group_size: Annotated[
         int | None, typer.Option(help="Of a directory: weights that share scale and zero (default 32).")
     ] = None,
+    rounding: Annotated[
+        Literal["nearest", "clip", "gptq"] | None,
+        typer.Option(
+            help="Of a directory: weights go to the nearest step (default), to steps over the range that loses least, "
+            "or to where the layers' outputs on --data stay (GPTQ)."
+        ),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help=f"Text for --rounding gptq. {FORMS}")] = None,
+    samples: Annotated[int | None, typer.Option(help="Sequences of that text (default 128).")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per sequence (default 512).")] = None,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
@@ -50,21 +62,24 @@ def export(
             raise ValueError("--type goes with --gguf FILE")
         if gguf is not None and group_size is not None:
             raise ValueError("--group-size goes with --quantised and --compressed-tensors")
-        group = 32 if group_size is None else group_size
+        if gguf is not None and rounding is not None:
+            raise ValueError("--rounding goes with --quantised and --compressed-tensors; --type is a GGUF file's")
+        check_rounding(rounding or "nearest", data)
+        if rounding != "gptq" and (samples is not None or seq_len is not None):
+            raise ValueError("--samples and --seq-len go with --rounding gptq")
         if gguf is not None:
             with console.progress("tensors", "tensors") as bar:
                 export_gguf(folder, gguf, kind or "f16", force=force, progress=bar, tell=notes.append)
             for note in notes:
                 typer.echo(f"note: {note}", err=True)
-            written = gguf
-        else:
-            assert out is not None
-            if quantised is not None:
-                bits = BITS[quantised]
-                with console.progress("quantising", "weights") as bar:
-                    export_quantised(folder, out, bits=bits, group_size=group, force=force, progress=bar)
-            else:
-                with console.progress("quantising", "weights") as bar:
-                    export_compressed_tensors(folder, out, group_size=group, force=force, progress=bar)
-            written = out
-        typer.echo(f"wrote {written}")
+            typer.echo(f"wrote {gguf}")
+            return
+        assert out is not None
+        write = export_compressed_tensors if quantised is None else partial(export_quantised, bits=BITS[quantised])
+        with console.progress("quantising", "weights") as bar:
+            write(
+                folder, out, group_size=32 if group_size is None else group_size, rounding=rounding or "nearest",
+                data=data, samples=128 if samples is None else samples, seq_len=512 if seq_len is None else seq_len,
+                force=force, progress=bar,
+            )  # fmt: skip
+        typer.echo(f"wrote {out}")

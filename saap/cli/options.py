@@ -108,6 +108,13 @@ StepSamples = Annotated[
         "before (default: as many as the first, from nothing)."
     ),
 ]
+RecoverTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of --data, shared equally by the steps, on which the model is tuned after each: LoRA, merged into "
+        "its weights, on what the dense model predicts (pip install 'saap[recover]')."
+    ),
+]
 Samples = Annotated[int, typer.Option(help="Calibration sequences.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per calibration sequence.")]
 EvalSeqLen = Annotated[int, typer.Option("--seq-len", help="Window length; cut to the model's positions.")]
@@ -202,7 +209,7 @@ def _resource(name: str, context: int, table: Path | None, device: str | None) -
     return kinds.get(name, name)
 
 
-UNTOLD = ("out", "force", "as_json", "debug", "report", "dry_run", "stream_folder", "save_statistics")
+UNTOLD = ("out", "force", "as_json", "debug", "report", "dry_run", "stream_folder", "save_statistics", "resume")
 
 
 def given_command(context: typer.Context) -> str:

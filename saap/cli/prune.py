@@ -33,6 +33,7 @@ from saap.cli.options import (
     Protect,
     Ratio,
     RatioOf,
+    RecoverTokens,
     ResourceName,
     Samples,
     Seed,
@@ -89,6 +90,7 @@ def prune(
     compensated_scores: CompensatedScores = "auto",
     steps: Steps = 1,
     step_samples: StepSamples = None,
+    recover_tokens: RecoverTokens = None,
     samples: Samples = 128,
     seq_len: SeqLen = 512,
     batch_size: BatchSize = "auto",
@@ -129,6 +131,7 @@ def prune(
             report=report, baselines=tuple(name.strip() for name in baselines.split(",") if name.strip()),
             compensate=compensate, steps=steps, compensation_inputs=compensation_inputs, step_samples=step_samples,
             compensated_scores=SWITCH[compensated_scores], command=given_command(invoked),
+            recover_tokens=recover_tokens,
         )  # fmt: skip
         job.check_files()
         with console.screen.status("loading the model"):

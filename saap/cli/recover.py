@@ -1,23 +1,125 @@
 """``saap recover``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
 from saap import console
-from saap.cli.options import Debug, Force
+from saap.cli.options import AsJson, Debug, Dtype, Force, given_command
+from saap.data import FORMS
+from saap.preview import report_dry_run
+from saap.recovery.job import Job
+from saap.recovery.recover import HELD_OUT, settled
+from saap.recovery.settings import Settings
+
+DEFAULT = Settings()
+Method = Literal["groupwise", "lora", "full"]
+METHOD = (
+    "groupwise: quantise, and learn zero points, levels and norms, all merged exactly; lora: LoRA through peft, merged "
+    "into 16-bit weights; full: every weight."
+)
+HELD = (
+    "Text that is evaluated while training, or the share of the sequences of --data that is, rounded to whole ones and "
+    "taken from their end, instead of being trained on; 0: none, and the last step's parameters are taken."
+)
 
 
 def recover(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned model directory.")],
+    invoked: typer.Context,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned model directory, or a dense one.")],
+    data: Annotated[str, typer.Option(help=f"Text to train on. {FORMS}")],
     out: Annotated[Path, typer.Option(help="Where the recovered model goes.")],
+    teacher: Annotated[
+        str | None, typer.Option(help="The dense model, to learn what it predicts and to evaluate it.")
+    ] = None,
+    method: Annotated[Method, typer.Option(help=METHOD)] = "groupwise",
+    bits: Annotated[
+        int | None, typer.Option(help="Of weights: 4, 8, or 16 for no quantisation. Default: 4 for groupwise, else 16.")
+    ] = None,
+    group_size: Annotated[int, typer.Option(help="Weights of a row that share scale and zero: 32, 64 or 128.")] = 32,
+    rounding: Annotated[
+        Literal["nearest", "clip", "gptq"],
+        typer.Option(help="How weights are quantised: to the nearest level, in searched ranges, or GPTQ."),
+    ] = "gptq",
+    rank: Annotated[int, typer.Option(help="Rank of what is learned.")] = DEFAULT.rank,
+    alpha: Annotated[float, typer.Option(help="What is learned is scaled by alpha / rank.")] = DEFAULT.alpha,
+    levels: Annotated[bool, typer.Option(help="Of groupwise: learn levels too, not zero points alone.")] = True,
+    norms: Annotated[bool, typer.Option(help="Of groupwise: learn the norms' weights too.")] = True,
+    objective: Annotated[
+        Literal["auto", "distillation", "next_token"],
+        typer.Option(help="auto: distillation where there is a --teacher, which next_token leaves alone."),
+    ] = "auto",
+    top_k: Annotated[
+        int, typer.Option(help="Of distillation: the teacher's likeliest tokens, one by one; 0: all tokens.")
+    ] = 64,
+    next_token: Annotated[float, typer.Option(help="Of distillation: weight of the next-token loss beside it.")] = 0.0,
+    hidden: Annotated[float, typer.Option(help="Of distillation: weight of the distance of hidden states.")] = 0.0,
+    epochs: Annotated[float, typer.Option(help="Times that the text is read.")] = DEFAULT.epochs,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on at most, repeated ones too.")] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = DEFAULT.seq_len,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = DEFAULT.batch_size,
+    micro_batch: Annotated[int | None, typer.Option(help="Sequences at once, a divisor of --batch-size.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW, at its largest. Default: by method.")] = None,
+    warmup: Annotated[float, typer.Option(help="Share of the steps over which it rises.")] = DEFAULT.warmup,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")
+    ] = False,
+    held_out: Annotated[str, typer.Option(metavar="TEXT|SHARE", help=HELD)] = str(HELD_OUT),
+    evaluate_every: Annotated[
+        int | None, typer.Option(help="Steps between evaluations and checkpoints. Default: ten in all.")
+    ] = None,
+    patience: Annotated[int, typer.Option(help="Stop after so many evaluations without a better one; 0: never.")] = 3,
+    seed: Annotated[int, typer.Option(help="Order of the text, and what is drawn at random.")] = 0,
+    eval_text: Annotated[
+        str | None, typer.Option("--eval", help="Text to evaluate dense (--teacher), pruned and recovered model on.")
+    ] = None,
+    dtype: Dtype = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.training, by the same settings.")
+    ] = False,
+    report: Annotated[bool, typer.Option(help="Write saap_report.html beside the weights.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, show steps and sizes, do nothing.")] = False,
     force: Force = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Tune a pruned model on text: group-wise on quantised weights, or by LoRA.
+    """Tune a pruned model on text: group-wise on quantised weights, by LoRA, or whole.
+
+    Checkpoints are kept in OUT.training until the model is saved, whole, in OUT. `torchrun --nproc-per-node N -m saap
+    recover ...` trains on several devices.
 
     Example: `saap recover my-llama-20 --teacher my-llama --data text.jsonl --bits 4 --rank 16 --out my-llama-20-int4`
     """
+    console.quiet_libraries()
     with console.user_errors(debug):
-        raise NotImplementedError
+        if bits not in (None, 4, 8, 16):
+            raise ValueError(f"--bits: expected 4, 8 or 16; got {bits}")
+        asked: dict[str, Any] = {
+            "method": method, "group_size": group_size, "rounding": rounding, "rank": rank, "alpha": alpha,
+            "levels": levels, "norms": norms, "objective": objective, "top_k": top_k or None,
+            "next_token": next_token, "hidden": hidden, "epochs": epochs, "tokens": tokens, "seq_len": seq_len,
+            "batch_size": batch_size, "micro_batch": micro_batch, "learning_rate": learning_rate, "warmup": warmup,
+            "gradient_checkpointing": gradient_checkpointing, "evaluate_every": evaluate_every,
+            "patience": patience or None, "seed": seed,
+        }  # fmt: skip
+        asked |= {} if bits is None else {"bits": None if bits == 16 else bits}
+        job = Job(
+            str(folder), out, data, settled(asked, teacher is not None), teacher, _held_out(held_out), eval_text,
+            dtype, resume, report, force, given_command(invoked),
+        )  # fmt: skip
+        job.check_files()
+        if dry_run:
+            report_dry_run(job.preview(), as_json)
+            return
+        done = job.run()
+        if done is not None:
+            done.print(as_json)
+
+
+def _held_out(text: str) -> str | float:
+    """A share, or the name of a text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -1,11 +1,19 @@
 """What learns in a model, by method: attached to train, and finished into a model that holds nothing else."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from saap.families import family_of
+from saap.quantised_linear import QuantisedLinear, is_quantised
+from saap.recovery.adapted_linear import AdaptedLinear, adapted_linears, new_factors
+from saap.recovery.group_adapter import Factors
+from saap.recovery.learned_norms import LearnedNorms
 from saap.recovery.settings import Settings
+from saap.refuse import refuse_meta, refuse_unsupported
 
 
 class Attached(Protocol):
@@ -21,6 +29,146 @@ class Attached(Protocol):
 def attach(model: PreTrainedModel, settings: Settings) -> Attached:
     """Make ``model`` one that learns by ``settings.method``, in place; quantised before, where the settings say bits.
 
-    Raises ValueError before the model is changed.
+    "groupwise": adapters on all quantised Linears, and the weights of norms with ``settings.norms``, both drawn and
+    learned in fp32. "lora": peft's LoRA on all Linears of the decoder layers, plain or quantised; ``finish`` merges
+    into plain weights, as which quantised ones are written out first. "full": every parameter of a plain model.
+    Draws follow from ``settings.seed``. ``finish`` gives every parameter its ``requires_grad`` back.
+
+    Raises ValueError before the model is changed, for models and ranks that the settings do not fit, and RuntimeError
+    where peft is missing.
     """
-    raise NotImplementedError
+    refuse_unsupported(model, quantised=True)
+    refuse_meta(model)
+    _refuse_other_bits(model, settings)
+    if settings.method == "groupwise":
+        return attach_groupwise(model, settings)
+    if settings.method == "lora":
+        from saap.recovery.lora import attach_lora  # peft is an extra
+
+        return attach_lora(model, settings)
+    return Full(model)
+
+
+class Full:
+    """Every parameter learns."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._before = requirements(model)
+        model.requires_grad_(True)
+
+    def finish(self) -> PreTrainedModel:
+        require(self.model, self._before)
+        return self.model
+
+
+class Groupwise:
+    """Adapters, and norms, learn."""
+
+    def __init__(self, model: PreTrainedModel, factors: dict[str, Factors], norms: bool) -> None:
+        self.model = model
+        self._before = requirements(model)
+        model.requires_grad_(False)
+        for name, each in factors.items():
+            AdaptedLinear.adapt(quantised_linears(model)[name], each)
+        self._norms = LearnedNorms(model) if norms else None
+
+    def finish(self) -> PreTrainedModel:
+        return self._end(merge=True)
+
+    def discard(self) -> PreTrainedModel:
+        """The model as it was, bit for bit but for the norms' learned weights, which stay."""
+        return self._end(merge=False)
+
+    def _end(self, merge: bool) -> PreTrainedModel:
+        for _, module in list(adapted_linears(self.model)):
+            module.give_up(merge)
+        if self._norms is not None:
+            self._norms.finish()
+        require(self.model, self._before)
+        return self.model
+
+
+def attach_groupwise(model: PreTrainedModel, settings: Settings) -> Groupwise:
+    """``attach`` for method "groupwise"."""
+    linears = quantised_linears(model)
+    if not linears:
+        raise ValueError(
+            f"model: expected one quantised to int{settings.bits} in groups of {settings.group_size}, "
+            "got 16- or 32-bit weights; call saap.quantise first"
+        )
+    refuse_rank(linears, settings)
+    generator = torch.Generator().manual_seed(settings.seed)
+    factors = {
+        name: new_factors(module, settings.rank, settings.alpha, settings.levels, generator)
+        for name, module in linears.items()
+    }
+    return Groupwise(model, factors, settings.norms)
+
+
+def refuse_rank(linears: Mapping[str, nn.Linear], settings: Settings) -> None:
+    """Raise ValueError for a rank that the narrowest Linear, quantised or yet to be, has no room for."""
+
+    def room(name: str) -> int:
+        module = linears[name]
+        groups = -(-module.in_features // settings.group_size)
+        return min(module.in_features, module.out_features) if settings.levels else groups
+
+    name = min(linears, key=room)
+    if settings.rank <= room(name):
+        return
+    size = f"{name} ({linears[name].out_features} x {linears[name].in_features})"
+    if settings.levels:
+        raise ValueError(f"rank: expected at most {room(name)}, the smaller side of {size}, got {settings.rank}")
+    raise ValueError(
+        f"rank: expected at most {room(name)}, the groups of {settings.group_size} in a row of {size}, "
+        f"got {settings.rank}; levels, if they learn, have room for more"
+    )
+
+
+def quantised_linears(model: nn.Module) -> dict[str, QuantisedLinear]:
+    """{name: module}."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantisedLinear)}
+
+
+def decoder_linears(model: PreTrainedModel) -> list[str]:
+    """Names of the Linears of the decoder layers, plain or quantised, of which something is left; no routers."""
+    family = family_of(model)
+    router = "" if family.router is None else family.router
+    layers = model.get_submodule(family.layers)
+    return [
+        name
+        for name, module in layers.named_modules(prefix=family.layers)
+        if isinstance(module, nn.Linear)
+        and min(module.in_features, module.out_features)
+        and not (router and name.endswith(f".{router}"))
+    ]
+
+
+def requirements(model: nn.Module) -> dict[str, bool]:
+    """{name: requires_grad}, tied parameters by all of their names."""
+    return {name: each.requires_grad for name, each in model.named_parameters(remove_duplicate=False)}
+
+
+def require(model: nn.Module, before: dict[str, bool]) -> None:
+    """Take ``requirements`` back; parameters that were none then are left as they are."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(before.get(name, parameter.requires_grad))
+
+
+def _refuse_other_bits(model: PreTrainedModel, settings: Settings) -> None:
+    """Settings of other bits or groups than those of a model; None stands for weights as they are, if not "full"."""
+    quantised = is_quantised(model)
+    if settings.method == "full" and quantised:
+        raise ValueError("method full: expected 16- or 32-bit weights, got a quantised model")
+    if settings.bits is None:
+        return
+    wanted = f"int{settings.bits} in groups of {settings.group_size}"
+    if not quantised:
+        raise ValueError(
+            f"model: expected one quantised to {wanted}, got 16- or 32-bit weights; call saap.quantise first"
+        )
+    for name, module in quantised_linears(model).items():
+        shape, bits, group_size = module.layout
+        if (bits, group_size) != (settings.bits, settings.group_size):
+            raise ValueError(f"{name}: expected {wanted}, as the settings say, got int{bits} in groups of {group_size}")

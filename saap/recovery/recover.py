@@ -1,25 +1,64 @@
 """``saap.recover``: quantise, attach what learns, train, merge."""
 
 import os
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from saap.compact import PLAN_ATTRIBUTE
+from saap.data import check_tokenizer
+from saap.families import family_of
+from saap.quantised_linear import is_quantised
+from saap.quantiser import SaapConfig
 from saap.recovery.settings import Settings
-from saap.recovery.trainer import History
+from saap.recovery.training_text import TrainingText, pack_to_train
+from saap.refuse import refuse_meta, refuse_nonfinite_weights, refuse_unsupported
+from saap.stopwatch import Stopwatch
+from saap.undo import Undo
+
+if TYPE_CHECKING:  # transformers' Trainer, which needs accelerate, is imported when it trains
+    from saap.recovery.trainer import History
 
 Progress = Callable[[int, int], Any]
+HELD_OUT = 0.05  # of the sequences
+PACKAGES = {"groupwise": ("accelerate",), "lora": ("accelerate", "peft"), "full": ("accelerate",)}
+ROUNDING_SAMPLES = 128  # sequences that rounding by "gptq" looks at
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """The model, merged and quantised, and how its training went."""
+    """The model, merged and quantised, and how its training went.
+
+    ``sequences`` were trained on and ``held_out`` ones of the same length evaluated; ``timings`` are seconds by stage.
+    """
 
     model: PreTrainedModel
     settings: Settings
-    history: History
+    history: "History"
+    sequences: int
+    held_out: int
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Told:
+    """Who hears how a recovery goes on: ``stage`` that one begins, ``progress`` its work, ``said`` each step's loss."""
+
+    progress: Progress | None = None
+    said: Callable[[int, float], Any] | None = None
+    stage: Callable[[str], Any] | None = None
+
+    def begin(self, stage: str) -> None:
+        if self.stage is not None:
+            self.stage(stage)
 
 
 def recover(
@@ -28,12 +67,213 @@ def recover(
     data: Any,
     *,
     teacher: PreTrainedModel | None = None,
-    held_out: Any = None,
+    held_out: Any = HELD_OUT,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     said: Callable[[int, float], Any] | None = None,
+    stage: Callable[[str], Any] | None = None,
     **settings: Any,
 ) -> Recovered:
-    """Tune a pruned ``model`` on ``data``, in place; ``settings`` are those of ``Settings``."""
-    raise NotImplementedError
+    """Tune a pruned ``model`` on ``data``, in place; ``settings`` are those of ``Settings``, and so are their defaults.
+
+    Without ``bits`` those are 4 for method "groupwise", and None for the others. A model that is quantised already, to
+    the bits and groups asked for, is tuned as it is. ``teacher`` is the dense model for distillation, in eval mode and
+    frozen meanwhile; objective "next_token" leaves it alone. ``held_out`` is text (any form ``data`` may have), or the
+    share of the sequences of ``data``, rounded to whole ones and taken from their end, that is evaluated instead of
+    trained on; 0: none.
+    ``folder`` keeps checkpoints, and ``resume`` goes on from the last one there; without it they are temporary.
+    ``stage`` hears what begins, "quantising" and "training", of which ``progress(done, total)`` counts the Linears or
+    blocks and the steps, and ``said(step, loss)`` each step's loss.
+
+    Raises ValueError, FileNotFoundError or FileExistsError with nothing changed for settings, text, a tokenizer or
+    models that do not fit, and for a ``folder`` that does not; RuntimeError for packages that are not installed.
+    A model whose training fails is left with what was attached to it: load it again, and go on with ``resume``.
+    """
+    wanted = settled(settings, teacher is not None)
+    check_models(model, teacher, wanted)
+    if tokenizer is not None:
+        check_tokenizer(model, tokenizer)
+    check_folder(folder, resume)
+    text, kept = texts(model, tokenizer, data, held_out, wanted)
+    check_budget(text, wanted)
+    return tune(model, text, kept, wanted, teacher, folder, resume, Told(progress, said, stage))
+
+
+def settled(settings: dict[str, Any], has_teacher: bool) -> Settings:
+    """The settings that are asked for, with all that depends on others decided; errors as ``recover``."""
+    method = settings.get("method", "groupwise")
+    wanted = Settings.from_dict({"bits": 4 if method == "groupwise" else None} | settings)
+    absent = [name for name in PACKAGES[wanted.method] if find_spec(name) is None]
+    if absent:
+        raise RuntimeError(f"recovery by {wanted.method} needs {' and '.join(absent)}: pip install 'saap[recover]'")
+    objective = wanted.objective
+    if objective == "auto":
+        objective = "distillation" if has_teacher else "next_token"
+    if objective == "distillation" and not has_teacher:
+        raise ValueError("objective distillation follows a dense teacher: expected teacher (--teacher), got none")
+    return replace(wanted, objective=objective)
+
+
+def check_models(model: PreTrainedModel, teacher: PreTrainedModel | None, settings: Settings) -> None:
+    """Raise ValueError unless ``model`` can be tuned by ``settings``, and ``teacher`` can teach it."""
+    refuse_unsupported(model, quantised=True)
+    refuse_meta(model)
+    _check_positions(model, "the model", settings.seq_len)
+    if is_quantised(model):
+        _check_quantised(model, settings)
+    else:
+        refuse_nonfinite_weights(model, family_of(model))
+    if settings.method == "groupwise":
+        _check_ranks(model, settings)
+    if teacher is not None:
+        _check_teacher(model, teacher, settings)
+
+
+def _check_ranks(model: PreTrainedModel, settings: Settings) -> None:
+    from saap.recovery.attach import decoder_linears, refuse_rank
+
+    linears = {name: model.get_submodule(name) for name in decoder_linears(model)}
+    if linears:
+        refuse_rank(cast("dict[str, nn.Linear]", linears), settings)
+
+
+def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, settings: Settings) -> None:
+    if teacher is model:
+        raise ValueError("teacher: expected another model than the one to tune: the dense one it was made from")
+    refuse_unsupported(teacher, accelerated=True)
+    refuse_meta(teacher)
+    _check_positions(teacher, "the teacher", settings.seq_len)
+    if teacher.config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"teacher: expected the model's vocabulary of {model.config.vocab_size} tokens, got one of "
+            f"{teacher.config.vocab_size}"
+        )
+    if settings.hidden:
+        for name in ("num_hidden_layers", "hidden_size"):
+            theirs, mine = getattr(teacher.config, name), getattr(model.config, name)
+            if theirs != mine:
+                raise ValueError(f"hidden compares states layer by layer: expected a teacher of {name} {mine}, "
+                                 f"got {theirs}")  # fmt: skip
+
+
+def _check_positions(model: PreTrainedModel, name: str, seq_len: int) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and seq_len > positions:
+        raise ValueError(f"seq_len: expected at most the {positions} positions of {name}, got {seq_len}")
+
+
+def _check_quantised(model: PreTrainedModel, settings: Settings) -> None:
+    found = model.config.quantization_config
+    found = SaapConfig(**found) if isinstance(found, dict) else found
+    if settings.bits is None:
+        raise ValueError(
+            f"the model is quantised ({found}), which method {settings.method} with bits None does not tune: give bits "
+            f"{found.bits} (--bits), or the model that it was made from"
+        )
+    if (settings.bits, settings.group_size) != (found.bits, found.group_size):
+        asked = f"int{settings.bits} in groups of {settings.group_size}"
+        raise ValueError(f"the model is quantised already: expected settings of {found}, got {asked}")
+
+
+def check_folder(folder: str | os.PathLike[str] | None, resume: bool) -> None:
+    """Raise unless ``folder`` is free for checkpoints, or holds those to go on from."""
+    if folder is None:
+        if resume:
+            raise ValueError("resume goes on from the checkpoints of a folder: expected folder, got none")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("several processes share their checkpoints: expected folder, got none")
+        return
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file; expected a directory for checkpoints")
+    if resume:
+        if not path.is_dir():
+            raise FileNotFoundError(f"no training to go on from: there is no {path}; start without resume (--resume)")
+    elif path.is_dir() and any(path.iterdir()) and int(os.environ.get("RANK", "0")) == 0:
+        raise FileExistsError(
+            f"{path} holds an earlier training: go on with resume (--resume), or use force (--force) to start anew"
+        )
+
+
+def texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, data: Any, held_out: Any, settings: Settings
+) -> tuple[TrainingText, TrainingText | None]:
+    """What is trained on and what is evaluated, packed; errors as ``recover``."""
+    share = 0.0
+    if isinstance(held_out, (int, float)):
+        share = float(held_out)
+        if not 0 <= share < 1:
+            raise ValueError(f"held_out: expected text, or a share of the sequences in [0, 1); got {held_out!r}")
+    options = {"seq_len": settings.seq_len, "seed": settings.seed}
+    most = None if settings.tokens is None else int(settings.tokens / (1 - share)) + settings.seq_len
+    text = pack_to_train(model, tokenizer, data, **options, most_tokens=most)
+    if held_out is not None and not isinstance(held_out, (int, float)):
+        try:
+            return text, pack_to_train(model, tokenizer, held_out, **options)
+        except ValueError as error:
+            raise ValueError(f"held-out text: {error}") from error
+    kept = round(share * len(text))
+    if kept == len(text):
+        raise ValueError(f"held_out: expected a share that leaves sequences to train on, {share} takes all {kept}")
+    if not kept:
+        return text, None
+    return _part(text, slice(None, -kept)), _part(text, slice(-kept, None))
+
+
+def check_budget(text: TrainingText, settings: Settings) -> int:
+    """The steps to train; ValueError for none, or for batches that the processes of torchrun cannot share."""
+    from saap.recovery.trainer import Schedule
+
+    return Schedule.of(settings, len(text), int(os.environ.get("WORLD_SIZE", "1"))).steps
+
+
+def _part(text: TrainingText, which: slice) -> TrainingText:
+    return TrainingText(text.input_ids[which], text.labels[which])
+
+
+@torch.inference_mode(False)
+def tune(
+    model: PreTrainedModel, text: TrainingText, held_out: TrainingText | None, settings: Settings,
+    teacher: PreTrainedModel | None, folder: str | os.PathLike[str] | None, resume: bool, told: Told,
+) -> Recovered:  # fmt: skip
+    """``recover`` of what its checks have passed: a model, packed text and settled settings."""
+    from saap.recovery.attach import attach  # what they need is not needed by others
+    from saap.recovery.trainer import train
+
+    watch, plan = Stopwatch(), getattr(model, PLAN_ATTRIBUTE, None)
+    with ExitStack() as stack:
+        kept = stack.enter_context(tempfile.TemporaryDirectory(prefix="saap-recover-")) if folder is None else folder
+        if settings.bits is not None and not is_quantised(model):
+            told.begin("quantising")
+            with watch("quantise"):
+                _quantise(model, text, settings, told.progress)
+        undo = Undo()
+        stack.callback(undo.restore)
+        teacher = teacher if settings.objective == "distillation" else None
+        if teacher is not None:
+            undo.eval_mode(teacher)
+            undo.freeze(teacher.parameters())
+        attached = attach(model, settings)
+        told.begin("training")
+        with watch("train"):
+            history = train(
+                attached.model, text, held_out, settings, folder=Path(kept), teacher=teacher, resume=resume,
+                progress=told.progress, said=told.said,
+            )  # fmt: skip
+        with watch("merge"):
+            done = attached.finish().eval()
+    if plan is not None:
+        object.__setattr__(done, PLAN_ATTRIBUTE, plan)
+    return Recovered(done, settings, history, len(text), 0 if held_out is None else len(held_out), watch.seconds)
+
+
+def _quantise(model: PreTrainedModel, text: TrainingText, settings: Settings, progress: Progress | None) -> None:
+    from saap.quantise import quantise
+
+    assert settings.bits is not None  # or there is nothing to quantise
+    options: dict[str, Any] = {"rounding": settings.rounding}
+    if settings.rounding == "gptq":
+        options |= {"data": text.input_ids[:ROUNDING_SAMPLES], "samples": min(ROUNDING_SAMPLES, len(text))}
+        options |= {"seq_len": settings.seq_len, "seed": settings.seed}
+    quantise(model, bits=settings.bits, group_size=settings.group_size, progress=progress, **options)

@@ -1,24 +1,32 @@
-"""transformers' Trainer for recovery: its losses, checkpoints of what learns alone, and a stop where a loss is none."""
+"""Training of a recovery, in one process or in those that torchrun starts."""
 
-import json
+import copy
+import logging
 import math
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from torch import nn
+from transformers.utils import logging as transformers_logging
 
-from saap.recovery.distillation import Distillation, divergence, hidden_distance, next_token_loss
-from saap.recovery.settings import Settings
-from saap.recovery.training_text import IGNORED, TrainingText
+from saap.distributed import check_agreement, gathered, on_first_rank, process_group, world_size
+from saap.recovery.distillation import Distillation, Objective, causal_lm, check_teacher
+from saap.recovery.fingerprint import frozen_fingerprint, weights_fingerprint
+from saap.recovery.settings import LEARNING_RATES, Settings
+from saap.recovery.training_folder import PREFIX, Record, last_checkpoint, learned, open_folder, restore_learned
+from saap.recovery.training_text import TrainingText
 
-LEARNED = "learned.safetensors"
+if TYPE_CHECKING:
+    from transformers import TrainerState, TrainingArguments
+
+EVALUATIONS = 10  # in all, where the settings do not say when
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,38 @@ class History:
     best: int
     stopped_early: bool
     tokens: int  # trained on, with repetitions
-    seconds: float
+    seconds: float  # of training and evaluation, before a resume too
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps, and how a step's batch is cut: ``accumulation`` micro-batches in each of the processes."""
+
+    steps: int
+    micro_batch: int
+    accumulation: int
+    every: int  # steps between evaluations
+
+    @classmethod
+    def of(cls, settings: Settings, sequences: int, processes: int) -> "Schedule":
+        """Raises ValueError for a batch that the processes cannot share, and a budget of tokens below one step's."""
+        batch = settings.batch_size
+        if batch % processes or batch // processes % (settings.micro_batch or 1):
+            raise ValueError(
+                f"expected a batch_size that {processes} processes with micro-batches of "
+                f"{settings.micro_batch or 'any size'} divide, got {batch}"
+            )
+        steps = math.ceil(settings.epochs * sequences / batch)
+        if settings.tokens is not None:
+            steps = min(steps, settings.tokens // (batch * settings.seq_len))
+            if not steps:
+                raise ValueError(
+                    f"tokens: expected at least those of one step, {batch} x {settings.seq_len} = "
+                    f"{batch * settings.seq_len}, got {settings.tokens}"
+                )
+        micro = settings.micro_batch or batch // processes
+        every = settings.evaluate_every or math.ceil(steps / EVALUATIONS)
+        return cls(steps, micro, batch // processes // micro, every)
 
 
 def train(
@@ -47,107 +86,226 @@ def train(
     held_out: TrainingText | None,
     settings: Settings,
     *,
-    folder: Path,
+    folder: str | os.PathLike[str],
     teacher: nn.Module | None = None,
     resume: bool = False,
     progress: Callable[[int, int], Any] | None = None,
     said: Callable[[int, float], Any] | None = None,
 ) -> History:
-    """Train what requires grad in ``model``; checkpoints, settings and what is learned are kept in ``folder``."""
-    raise NotImplementedError
+    """Train what requires grad in ``model``, a transformers model or peft's wrapper of one, in place.
 
+    Its best parameters on ``held_out`` are left in it, those that it came with among them; without such text the last.
+    ``folder`` keeps what the training is (``settings.json``) and its last and best checkpoints, each with the learned
+    parameters, not the model, and all that the optimizer and the schedule need; ``resume`` goes on from the last: on a
+    CPU with the same losses, bit for bit. ``progress(done, total)`` and ``said(step, loss)`` hear of every step.
 
-class NotFinite(RuntimeError):
-    """A training loss that is NaN or infinite."""
+    Under torchrun each process trains on its part of every batch, and the gradients are averaged; with accelerate's
+    FSDP (``accelerate launch --use_fsdp --fsdp_version 2``) a copy of the model is sharded, and the model itself stays
+    where it is. Only the first process writes. The teacher is moved to the device of training, whole in each process.
 
-
-class RecoveryTrainer(Trainer):
-    """Trains what requires grad in a model; ``distillation`` None: on the next token.
-
-    Checkpoints hold these parameters, not the model. ``said(step, loss)`` hears every step's loss.
+    Raises, before anything is trained or written: ValueError for a model in which nothing learns, a teacher that does
+    not fit, a batch or budget that cannot be, a resume of another training (listing the differences), and processes
+    that disagree; FileExistsError for a folder with something in it, FileNotFoundError for a resume without one;
+    RuntimeError without accelerate. While it trains: RuntimeError where a loss, gradient or parameter is not finite,
+    and OSError where a checkpoint cannot be written; the last good checkpoint stays. KeyboardInterrupt passes, with a
+    message that says how to go on.
     """
-
-    def __init__(
-        self,
-        *args: Any,
-        distillation: Distillation | None = None,
-        said: Callable[[int, float], None] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.distillation, self.said = distillation, said
-        self.model_accepts_loss_kwargs = True  # losses here are sums over the tokens of the whole step
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:  # fmt: skip
-        labels = inputs["labels"]
-        told = self.distillation
-        hidden = told is not None and told.hidden > 0
-        outputs = model(input_ids=inputs["input_ids"], use_cache=False, output_hidden_states=hidden)
-        if told is None or not model.training:
-            total = next_token_loss(outputs.logits, labels)
-        else:
-            with torch.no_grad():
-                wanted = told.teacher(input_ids=inputs["input_ids"], use_cache=False, output_hidden_states=hidden)
-            total = divergence(outputs.logits, wanted.logits, labels, told.top_k)
-            if told.next_token:
-                total = total + told.next_token * next_token_loss(outputs.logits, labels)
-            if hidden:
-                total = total + told.hidden * hidden_distance(outputs.hidden_states, wanted.hidden_states, labels)
-        count = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = total / count
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # gradients are averaged over the processes
-        return (loss, outputs) if return_outputs else loss
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        value = float(loss)
-        if not math.isfinite(value):
-            raise NotFinite(f"the loss of step {self.state.global_step + 1} is {value}")
-        return loss
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in learned(self.model).items()}, folder / LEARNED)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        restore_learned(self.model, Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        if self.state.best_model_checkpoint is not None:
-            restore_learned(self.model, Path(self.state.best_model_checkpoint))
+    if find_spec("accelerate") is None:
+        raise RuntimeError("training needs accelerate: pip install 'saap[recover]'")
+    refuse_sharding(next(model.parameters()).device)
+    target = Path(folder)
+    with process_group(), _quiet():
+        distillation = _distillation(model, teacher, settings)
+        schedule = Schedule.of(settings, len(text), world_size())
+        record = _record(model, text, held_out, settings, distillation)
+        check_agreement(_flat(record))
+        checkpoint = on_first_rank(lambda: open_folder(target, record, resume))
+        try:
+            return _trained(model, text, held_out, settings, schedule, distillation, target, checkpoint, progress, said)
+        except KeyboardInterrupt:
+            last = last_checkpoint(target)
+            kept = f"resume the training in {target}: it goes on from {last.name}" if last else "nothing is lost"
+            raise KeyboardInterrupt(f"interrupted; {kept}") from None
 
 
-def learned(model: nn.Module) -> dict[str, Tensor]:
-    """{name: tensor} of the parameters that require grad."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+def asks_for_fsdp() -> bool:
+    """Whether ``accelerate launch`` was told to use FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def restore_learned(model: nn.Module, folder: Path) -> None:
-    """Copy a checkpoint's parameters into those of the model; ValueError where names or shapes differ."""
-    saved, mine = load_file(folder / LEARNED), learned(model)
-    described = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in (mine, saved)]
-    if described[0] != described[1]:
-        differing = sorted(dict(described[0].items() ^ described[1].items()))
-        raise ValueError(f"{folder}: expected the parameters that learn here, got others: {', '.join(differing[:3])}")
-    with torch.no_grad():
-        for name, tensor in mine.items():
-            tensor.copy_(saved[name])
+def refuse_sharding(device: torch.device) -> None:
+    """Raise ValueError for FSDP of the first version, and where accelerate would leave FSDP out without a word."""
+    if not asks_for_fsdp():
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError(
+            "the first version of FSDP joins parameters that learn with those that do not: launch with --fsdp_version 2"
+        )
+    if device.type == "cpu" and not torch.cuda.is_available():
+        raise ValueError("FSDP shards a model over GPUs, and there is none: launch without --use_fsdp")
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The latest whole checkpoint of a training directory: its state, which is written last, can be read."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda each: int(each.name.rpartition("-")[2]), reverse=True)
-    return next(filter(_whole, found), None)
+def _distillation(model: nn.Module, teacher: nn.Module | None, settings: Settings) -> Distillation | None:
+    if not learned(model):
+        raise ValueError("expected a model with parameters that require grad, got one in which nothing learns")
+    if settings.objective == "distillation" and teacher is None:
+        raise ValueError("objective distillation: expected a teacher, got none")
+    if teacher is None or settings.objective == "next_token":
+        return None
+    check_teacher(model, teacher, hidden=settings.hidden)
+    return Distillation(teacher, settings.top_k, settings.next_token, settings.hidden)
 
 
-def _whole(checkpoint: Path) -> bool:
+def _record(
+    model: nn.Module, text: TrainingText, held_out: TrainingText | None, settings: Settings,
+    distillation: Distillation | None,
+) -> Record:  # fmt: skip
+    """What a resumed training, and all processes of one, must have in common."""
+    return {
+        "settings": settings.to_dict(),
+        "text": text.fingerprint,
+        "held_out_text": None if held_out is None else held_out.fingerprint,
+        "learns": {name: list(tensor.shape) for name, tensor in learned(model).items()},
+        "frozen_weights": frozen_fingerprint(model),
+        "teacher": None if distillation is None else weights_fingerprint(distillation.teacher),
+    }
+
+
+def _flat(record: Record) -> Record:
+    """With the settings one by one, so that a difference names one."""
+    return {**{f"setting {name}": value for name, value in record["settings"].items()}, **record, "settings": None}
+
+
+def _trained(
+    model: nn.Module, text: TrainingText, held_out: TrainingText | None, settings: Settings, schedule: Schedule,
+    distillation: Distillation | None, folder: Path, checkpoint: Path | None,
+    progress: Callable[[int, int], Any] | None, said: Callable[[int, float], Any] | None,
+) -> History:  # fmt: skip
+    from transformers import TrainerState
+    from transformers.trainer import TRAINER_STATE_NAME as STATE
+
+    from saap.recovery import training_loop as loop
+
+    state = None
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / STATE))
+    if state is None or not (
+        state.global_step >= schedule.steps or loop.out_of_patience(state.log_history, settings.patience)
+    ):
+        sharded = asks_for_fsdp()
+        learner = copy.deepcopy(model) if sharded else model  # FSDP takes a model apart for good
+        objective, args = Objective(learner, distillation), _arguments(learner, settings, schedule, folder)
+        with _training_mode(learner, settings.gradient_checkpointing):
+            if distillation is not None:
+                distillation.teacher.to(args.device).eval()
+            if world_size() > 1 and not sharded:
+                args.ddp_find_unused_parameters = _some_are_unused(objective.to(args.device), text)
+            trainer = loop.RecoveryTrainer(
+                objective,
+                args,
+                text,
+                order_of(len(text), schedule.steps * settings.batch_size, settings.seed),
+                held_out,
+                every=schedule.every, patience=settings.patience, progress=progress, said=said,
+            )  # fmt: skip
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        state = trainer.state
+        gathered(None)  # the first process has written
+    best = loop.best_step(state.log_history, state.global_step)
+    restore_learned(model, folder / f"{PREFIX}{best}")
+    return _history(state, best, schedule.steps, settings)
+
+
+def _some_are_unused(objective: Objective, text: TrainingText) -> bool:
+    """Whether a parameter that learns gets no gradient, in any process: waiting for it, the others would hang."""
+    device = next(objective.parameters()).device
+    objective.train()(text.input_ids[:1].to(device), text.labels[:1].to(device)).backward()
+    unused = any(each.requires_grad and each.grad is None for each in objective.parameters())
+    objective.zero_grad(set_to_none=True)
+    return any(gathered(unused))
+
+
+def _arguments(model: nn.Module, settings: Settings, schedule: Schedule, folder: Path) -> "TrainingArguments":
+    from transformers import TrainingArguments
+
+    device = next(model.parameters()).device
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=schedule.steps,
+        per_device_train_batch_size=schedule.micro_batch,
+        gradient_accumulation_steps=schedule.accumulation,
+        learning_rate=settings.learning_rate or LEARNING_RATES[settings.method],
+        warmup_steps=math.ceil(settings.warmup * schedule.steps),
+        optim="adamw_torch",
+        weight_decay=0.0,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # the loop stops there
+        eval_strategy="no",  # the loop decides when, as for checkpoints
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=settings.seed,
+        use_cpu=device.type == "cpu" and not asks_for_fsdp(),
+        dataloader_pin_memory=device.type != "cpu",
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # quantised weights are buffers, and equal in all processes
+    )
+    if device.type == "cuda" and world_size() == 1:
+        args._n_gpu = 1  # all visible GPUs otherwise, by torch's DataParallel
+    return args
+
+
+def order_of(sequences: int, wanted: int, seed: int) -> list[int]:
+    """Numbers of the sequences to train on, one after the other: every one once in another order, then again."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < wanted:
+        order += torch.randperm(sequences, generator=generator).tolist()
+    return order[:wanted]
+
+
+def _history(state: "TrainerState", best: int, steps: int, settings: Settings) -> History:
+    from saap.recovery.training_loop import evaluated
+
+    log = state.log_history
+    seconds = [entry["seconds"] for entry in log if "seconds" in entry]
+    return History(
+        losses=[entry["loss"] for entry in log if "loss" in entry],
+        evaluations=[Evaluated(step, loss) for step, loss in evaluated(log)],
+        best=best,
+        stopped_early=state.global_step < steps,
+        tokens=state.global_step * settings.batch_size * settings.seq_len,
+        seconds=seconds[-1] if seconds else 0.0,
+    )
+
+
+@contextmanager
+def _training_mode(model: nn.Module, gradient_checkpointing: bool) -> Iterator[None]:
+    """The model as it was afterwards: out of training mode, without checkpoints."""
+    was, inner = model.training, causal_lm(model)
+    if gradient_checkpointing:
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return False
-    return os.path.isfile(checkpoint / LEARNED)
+        yield
+    finally:
+        if gradient_checkpointing:
+            inner.gradient_checkpointing_disable()
+        model.train(was)
+        model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the notices of transformers and accelerate; errors come through."""
+    before, accelerate = transformers_logging.get_verbosity(), logging.getLogger("accelerate")
+    level = accelerate.level
+    transformers_logging.set_verbosity_error()
+    accelerate.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # by the torch of 2.13, not of 2.8
+            yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        accelerate.setLevel(level)

@@ -19,9 +19,11 @@ from saap.checkpoint import PLAN_FILE, load, refuse_existing, written_whole
 from saap.families import family_of, is_mixture
 from saap.opening import open_tokenizer
 from saap.plan import Plan
-from saap.quantise import Progress
+from saap.quantise import Progress, calibration_ids, check_rounding, check_text, made_by, round_linears
+from saap.quantised_linear import QuantisedLinear
 from saap.quantiser import SaapConfig, check_bits, linears_to_quantise
 from saap.refuse import refuse_nonfinite_weights, refuse_unsupported
+from saap.stored_weight import NAMES
 from saap.units import discover
 from saap.version import __version__
 
@@ -33,14 +35,19 @@ def export_compressed_tensors(
     out: str | os.PathLike[str],
     *,
     group_size: int = 32,
+    rounding: str = "nearest",
+    data: Any = None,
+    samples: int = 128,
+    seq_len: int = 512,
+    seed: int = 0,
     force: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Write the model directory ``path`` as the directory ``out``, format pack-quantized.
 
     Every Linear of the decoder layers becomes int4 in groups of ``group_size`` (32, 64 or 128), which must divide its
-    in_features; the rest stays. The tokenizer and the plan go along. Weights are rounded to the nearest step.
-    ``progress(done, total)`` counts Linears.
+    in_features; the rest stays. The tokenizer and the plan go along. ``rounding`` and its text are those of
+    ``saap.quantise``, here with steps around zero. ``progress(done, total)`` counts Linears.
 
     Raises ValueError, before any work, for groups that do not fit, mixtures of experts, quantised models and weights
     that are not finite, FileExistsError or FileNotFoundError for paths, and RuntimeError where the library is missing.
@@ -48,16 +55,24 @@ def export_compressed_tensors(
     if find_spec("compressed_tensors") is None:
         raise RuntimeError("compressed-tensors is not installed: pip install 'saap[compressed-tensors]'")
     check_bits(BITS, group_size)
+    check_rounding(rounding, data)
     target = Path(out)
     refuse_existing(target, force)
     if target.resolve() == Path(path).resolve():
         raise ValueError(f"{target} is the model itself; expected another directory: its weights would be lost")
+    check_text(data)
     model = load(path)
     linears = _linears(model, group_size)
     plan_file, tokenizer = Path(path) / PLAN_FILE, open_tokenizer(os.fspath(path))
     plan = Plan.load(plan_file) if plan_file.is_file() else None
     units = discover(model)
-    state = _compressed_state(model, linears, group_size, progress)
+    if rounding == "nearest":
+        state = _compressed_state(model, linears, group_size, progress)
+    else:
+        ids = calibration_ids(model, rounding, tokenizer, data, samples, seq_len, seed)
+        config = SaapConfig(bits=BITS, group_size=group_size)
+        round_linears(model, linears, config, rounding, ids, progress, symmetric=True)
+        state = _state_of_rounded(model, linears, group_size)
     model.config.quantization_config = _config(model, linears, group_size)
     with written_whole(target) as folder:
         model.save_pretrained(folder, state_dict=state)
@@ -65,7 +80,8 @@ def export_compressed_tensors(
             tokenizer.save_pretrained(folder)
         if plan is not None:
             plan.save(folder / PLAN_FILE)
-        (folder / "README.md").write_text(model_card(model, units, plan, __version__), encoding="utf-8")
+        card = model_card(model, units, plan, __version__, made_by(model, rounding, data, samples, seq_len))
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _linears(model: PreTrainedModel, group_size: int) -> dict[str, nn.Linear]:
@@ -113,19 +129,36 @@ def _config(model: PreTrainedModel, linears: dict[str, nn.Linear], group_size: i
 def _compressed_state(
     model: PreTrainedModel, linears: dict[str, nn.Linear], group_size: int, progress: Progress | None
 ) -> dict[str, Tensor]:
-    """The state dict with packed weights in place of those of ``linears``."""
-    from compressed_tensors.compressors import BaseCompressor
+    """The state dict with packed weights, each rounded to the nearest step, in place of those of ``linears``."""
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    compressor, scheme = BaseCompressor.get_value_from_registry("pack-quantized"), _scheme(group_size)
-    state = model.state_dict()
+    scheme, state = _scheme(group_size), model.state_dict()
     for done, name in enumerate(linears):
         weight = state.pop(f"{name}.weight")
         groups = weight.float().unflatten(-1, (-1, group_size))
-        scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
-        local = {"weight": weight, "weight_scale": scale.to(weight.dtype), "weight_zero_point": zero}
-        packed = compressor.compress(local, scheme)
-        state |= {f"{name}.{key}": tensor.contiguous() for key, tensor in packed.items()}
+        scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
+        state |= _packed(name, weight, scale.to(weight.dtype), group_size)
         if progress is not None:
             progress(done + 1, len(linears))
     return state
+
+
+@torch.no_grad()
+def _state_of_rounded(model: PreTrainedModel, linears: dict[str, nn.Linear], group_size: int) -> dict[str, Tensor]:
+    """As ``_compressed_state``, of Linears that are quantised in steps around zero: the same levels."""
+    state = model.state_dict()
+    for name, module in linears.items():
+        assert isinstance(module, QuantisedLinear)
+        _, scale, _ = (state.pop(f"{name}.{each}") for each in NAMES)
+        state |= _packed(name, module.unpacked_weight(), scale, group_size)
+    return state
+
+
+def _packed(name: str, weight: Tensor, scale: Tensor, group_size: int) -> dict[str, Tensor]:
+    """The format's tensors of one weight (N, K) and the scales (N, G) of its groups."""
+    from compressed_tensors.compressors import BaseCompressor
+
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    local = {"weight": weight, "weight_scale": scale, "weight_zero_point": torch.zeros_like(scale)}
+    packed = compressor.compress(local, _scheme(group_size))
+    return {f"{name}.{key}": tensor.contiguous() for key, tensor in packed.items()}

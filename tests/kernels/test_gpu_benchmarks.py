@@ -12,7 +12,9 @@ COMPILED = ("--variants", "compiled", "compiled tiled")
 
 
 @pytest.mark.parametrize("options", [(), COMPILED], ids=["quick", "compiled"])
-@pytest.mark.parametrize("name", ["calibration_kernels", "calibrate_model", "calibrate_streamed", "compact_gemm"])
+@pytest.mark.parametrize(
+    "name", ["calibration_kernels", "calibrate_model", "calibrate_streamed", "compact_gemm", "recovery_step"]
+)
 def test_quick_run_writes_rows_of_the_device(tmp_path, name: str, options: tuple[str, ...]) -> None:
     if options and name != "calibration_kernels":
         pytest.skip("nothing of it is compiled")

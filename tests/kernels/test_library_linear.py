@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from saap_kernels import gated_linear, library_linear, linear, unpack, use_backend
-from saap_kernels.library_linear import _panels, _values, _whole_product
+from saap_kernels.library_linear import _panels, _values, whole_product
 from tests.kernels import linear_oracles as oracles
 from tests.kernels.linear_oracles import SHAPES, assert_as_exact_as_eager
 from tests.kernels.test_inference_ops import case, eager
@@ -24,7 +24,7 @@ STORED = [(16, None), (8, None), (4, None), (8, 32), (4, 96)]  # groups of 96 do
 def test_the_way_of_a_gpu(shape, stored) -> None:
     x, packed, bias = case(shape, torch.float32, *stored)
     for given in (x, functional.pad(x, (0, -x.shape[1] % 64))):  # and as gated_linear leaves it
-        found = _whole_product(given, _values(packed, x.dtype), packed, bias)
+        found = whole_product(given, _values(packed, x.dtype), packed, bias)
         assert found.shape[1] % 8 == 0 or found.shape[1] == packed.rows
         found = found[:, : packed.rows].contiguous()
         assert_as_exact_as_eager(found, eager(linear, x, packed, bias), oracles.linear(x, packed, bias))
@@ -47,7 +47,7 @@ def test_a_gpus_gemm_sees_aligned_extents_and_the_weight_itself(monkeypatch) -> 
     }
     for (rows, columns), extents in expected.items():
         x, packed, bias = case((3, rows, columns))
-        _whole_product(x, _values(packed, x.dtype), packed, bias)
+        whole_product(x, _values(packed, x.dtype), packed, bias)
         assert seen.pop() == (*extents, packed.data.data_ptr())
 
 
@@ -57,7 +57,7 @@ def test_rows_that_are_padded_already_are_not_copied(rows, monkeypatch) -> None:
     monkeypatch.setattr(functional, "linear", lambda x, *rest: seen.append(x.data_ptr()))
     x, packed, _ = case((3, rows, 70))
     h = functional.pad(x, (0, 58))  # as gated_linear leaves it
-    _whole_product(h, _values(packed, x.dtype), packed, None)
+    whole_product(h, _values(packed, x.dtype), packed, None)
     assert seen == [h.data_ptr()]
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from saap.recovery import group_adapter
 from saap.recovery.group_adapter import Factors, adapted_linear, merged, pool
 from saap_kernels import linear, pack, unpack
 
@@ -65,3 +66,30 @@ def test_an_adapter_that_has_learned_nothing_changes_nothing() -> None:
         factors.v.zero_()
     found = merged(packed, factors)
     assert torch.equal(found.data, packed.data) and torch.equal(found.zero, packed.zero)
+
+
+@pytest.mark.parametrize("rows,columns", [(70, 99), (72, 99), (70, 128), (64, 128)])  # aligned for a GPU's GEMM or not
+@pytest.mark.parametrize("levels", [False, True])
+def test_products_by_one_gemm_are_those_by_panels(levels, rows, columns) -> None:
+    packed, factors = case(4, levels, torch.float32, columns, rows)
+    operands = group_adapter._with_zero_points(packed, factors), group_adapter._change(factors)
+    x, dy = torch.randn(40, columns), torch.randn(40, rows)
+    for whole, panels, given in (
+        (group_adapter._whole_product, group_adapter._product, x),
+        (group_adapter._whole_product_with_columns, group_adapter._product_with_columns, dy),
+    ):
+        found, wanted = whole(given, *operands), panels(given, *operands)
+        assert found.shape == wanted.shape and found.is_contiguous()
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)  # fp32 sums of up to 128 in another order
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("levels", [False, True])
+def test_what_is_not_exact_differs_by_roundings(levels, dtype) -> None:
+    packed, factors = case(4, levels, torch.float32)
+    x, bias = torch.randn(2, 150, 99).to(dtype), torch.randn(70)
+    with torch.no_grad():
+        found, wanted = (adapted_linear(x, packed, bias, factors, exact=exact) for exact in (False, True))
+    assert found.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2  # the last bit of the result, of sums of 99
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)

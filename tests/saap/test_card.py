@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 
 import saap
 from saap.card import Made, hub_name, told_name
+from saap.serving.gguf_export import TYPES, export_gguf
 from tests.saap.test_checkpoint import make_plan
 from tests.saap.test_cli import run, workplace  # noqa: F401
 from tests.saap.tiny import FAMILIES, tiny_model
@@ -30,8 +31,27 @@ def test_every_checkpoint_has_a_card_that_the_hub_reads(tmp_path, family: str, s
     assert f"| parameters | {model.num_parameters():,} |" in found.text and "## How it was made" in found.text
     stock = shape == "uniform" and family != "opt"
     assert ("trust_remote_code=True" in found.text) is not stock
-    for line in ("saap serve THIS_DIRECTORY", "vllm serve THIS_DIRECTORY", "saap export THIS_DIRECTORY --gguf"):
+    for line in ("saap serve THIS_DIRECTORY", "vllm serve THIS_DIRECTORY"):
         assert line in found.text
+
+
+GGUF = "saap export THIS_DIRECTORY --gguf model.gguf --type "
+
+
+@pytest.mark.parametrize("shape", ["uniform", "non-uniform"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_card_advises_a_gguf_file_where_one_can_be_made(tmp_path, family: str, shape: str) -> None:
+    model = tiny_model(family, torch.float32)
+    saap.save(saap.compact(model, make_plan(model, shape)), tmp_path / "m")
+    told = [kind for kind in TYPES if GGUF + kind in card(tmp_path / "m").text]
+    if told:
+        export_gguf(tmp_path / "m", tmp_path / "m.gguf", type=told[0], tell=list)
+    else:
+        with pytest.raises(ValueError):
+            export_gguf(tmp_path / "m", tmp_path / "m.gguf", type="f16", tell=list)
+    possible = family in ("llama", "mistral", "qwen2")  # the tiny qwen3 has biases, which llama.cpp's has not
+    kind = "q8_0" if shape == "uniform" else "f16"  # the others have rows of no whole number of blocks
+    assert told == ([kind] if possible else [])
 
 
 def test_base_model_data_and_perplexities_are_metadata(tmp_path) -> None:

@@ -22,6 +22,7 @@ import torch
 
 from saap.evaluate import Evaluation
 from saap.report import describe_pruning
+from saap.report_data import Losses
 from saap.report_page import render
 from tests.saap.test_report import large
 from tests.saap.tiny import tiny_model
@@ -70,7 +71,9 @@ def page(names: tuple[str, str]) -> str:
         timings={"calibrate": 1234.5, "score": 0.1, "evaluate": 5000.0},
         files={"calibration": "text-" * 30 + ".jsonl", "evaluation": f"hub:organisation/{'d' * 100}"},
     )  # fmt: skip
-    return render(replace(described, names=names)).replace("<details>", "<details open>")
+    falling = [30 / (step + 1) ** 1.5 for step in range(2000)]
+    losses = Losses("KL divergence", falling, [(200 * n, falling[n]) for n in range(1, 11)], 1200)
+    return render(replace(described, names=names, losses=losses)).replace("<details>", "<details open>")
 
 
 def measure(browser: Browser, folder: Path, text: str, **options: Any) -> dict[str, Any]:
