@@ -83,7 +83,8 @@ def _of_one(head: str, ratio: float, found: dict[str, dict[int, Cell]]) -> list[
         dense = next(iter(seeds.values())).dense
         rows.append(Row.compare(f"{head}: {name} / dense", _mean(seeds.values()), dense, "ppl"))
         share = mean(cell.recovered for cell in seeds.values())
-        rows.append(Row.single(f"{head}: {name}, recovered", share, "share", RECOVERED.get((name, ratio), "")))
+        wanted = RECOVERED.get((name, ratio), "")
+        rows.append(Row.single(f"{head}: {name}, of the lost log-perplexity", share, "recovered", wanted))
     for asked in ASKED:
         mine, theirs = found.get(asked.ours, {}), found.get(asked.peer, {})
         common = sorted(mine.keys() & theirs.keys())
