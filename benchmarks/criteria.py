@@ -162,19 +162,19 @@ def measure_and_write(args: argparse.Namespace, cases: Sequence[Case]) -> list[C
     return [cell for cell in cells if cell.key in keys]
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive whole number; got {text!r}")
     return int(text)
 
 
-def _seeds(text: str) -> tuple[int, ...]:
+def seed_list(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"expected whole numbers such as 0,1,2; got {text!r}")
     return tuple(dict.fromkeys(map(int, text.split(","))))
 
 
-def _ratios(text: str) -> tuple[float, ...]:
+def ratio_list(text: str) -> tuple[float, ...]:
     try:
         ratios = tuple(dict.fromkeys(map(float, text.split(","))))
     except ValueError:
@@ -194,14 +194,14 @@ def options(parser: argparse.ArgumentParser) -> None:
     tables = ("criteria", "choices", "pipelines")
     parser.add_argument("--model", default=SMALL_MODEL.name, choices=(SMALL_MODEL.name, "small_qwen2"))
     parser.add_argument("--text", default="selection", choices=("selection", "report"))
-    parser.add_argument("--seeds", type=_seeds, default=(0,), help="calibration seeds, such as 0,1,2,3,4 (default 0)")
-    parser.add_argument("--ratios", type=_ratios, default=RATIOS, help="of the blocks (default 0.2,0.35,0.5)")
-    parser.add_argument("--samples", type=_positive, default=CALIBRATION["samples"], help="calibration sequences "
+    parser.add_argument("--seeds", type=seed_list, default=(0,), help="calibration seeds, such as 0,1,2 (default 0)")
+    parser.add_argument("--ratios", type=ratio_list, default=RATIOS, help="of the blocks (default 0.2,0.35,0.5)")
+    parser.add_argument("--samples", type=positive, default=CALIBRATION["samples"], help="calibration sequences "
                         "of 256 tokens (default 128), which cells do not record")  # fmt: skip
     parser.add_argument("--groups", type=_groups, default=tables, help=f"tables to measure, of {', '.join(GROUPS)} "
                         "(default: all but grid)")  # fmt: skip
     parser.add_argument("--match", default="", help="only cases with this in their name")
-    parser.add_argument("--tokens", type=_positive, default=TOKENS, help="of the text")
+    parser.add_argument("--tokens", type=positive, default=TOKENS, help="of the text")
     parser.add_argument("--cells", type=Path, help="keep the cells in this file, and add those that it lacks")
 
 

@@ -12,7 +12,7 @@ import pytest
 NAMES = (
     "replan", "criteria", "calibrate_model", "calibration_kernels", "calibrate_streamed", "torch_pruning_taylor",
     "cost_model", "compensation", "least_squares", "latency_table", "single_units", "decode", "compact_gemm",
-    "end_to_end", "quantised", "quantisation_rounding", "recovery_step", "target_cost",
+    "end_to_end", "quantised", "quantisation_rounding", "recovery", "recovery_step", "target_cost",
 )  # fmt: skip
 
 
@@ -29,6 +29,8 @@ def test_quick_run_writes_rows(tmp_path, name: str) -> None:
         assert math.isfinite(row["ours"])
         if row["unit"] == "rho":  # a rank correlation
             assert -1 <= row["ours"] <= 1
+        elif row["unit"] == "recovered":  # a share, negative where tuning made it worse
+            assert row["ours"] <= 1
         else:
             assert row["ours"] == 0 if row["asked"] == "== 0" else row["ours"] > 0
         assert row["peer"] is None or row["ratio"] == pytest.approx(row["ours"] / row["peer"])
