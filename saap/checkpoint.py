@@ -5,7 +5,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,24 @@ def refuse_existing(path: Path, force: bool) -> None:
         raise FileExistsError(f"{path} is a file; expected a directory to write")
     if path.is_dir() and any(path.iterdir()) and not force:
         raise FileExistsError(f"{path} exists already; use force (--force) to replace it")
+
+
+def refuse_losing(out: str | os.PathLike[str], inputs: Mapping[str, Any]) -> None:
+    """Raise ValueError where writing ``out``, which is replaced whole, would delete one of ``inputs`` {what: path}.
+
+    What is no path, or names nothing on this machine, is passed over. What holds the working directory is refused too.
+    """
+    target = Path(out).resolve()
+    if target in (Path.cwd(), *Path.cwd().parents):
+        raise ValueError(f"{out} holds the working directory; expected the name of a directory of its own")
+    for what, path in inputs.items():
+        if not isinstance(path, str | os.PathLike) or not Path(path).exists():
+            continue
+        found = Path(path).resolve()
+        if found == target:
+            raise ValueError(f"{out} is the {what} itself; expected another directory: its files would be lost")
+        if target in found.parents:
+            raise ValueError(f"{out} holds the {what}, {path}; expected another directory: it would be lost")
 
 
 def load(path: str | os.PathLike[str], dtype: torch.dtype | str | None = None) -> PreTrainedModel:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from saap import distributed
 from saap.calibrate import check_sizes
 from saap.card import Made, told_name
-from saap.checkpoint import PLAN_FILE, load, refuse_existing, save
+from saap.checkpoint import PLAN_FILE, load, refuse_existing, refuse_losing, save
 from saap.data import load_documents, pack_for
 from saap.families import family_of
 from saap.gptq_sweep import QuantisingSweep
@@ -147,8 +147,7 @@ def export_quantised(
     check_bits(bits, group_size)
     check_rounding(rounding, data)
     refuse_existing(Path(out), force)
-    if Path(out).resolve() == Path(path).resolve():
-        raise ValueError(f"{out} is the model itself; expected another directory: its weights would be lost")
+    refuse_losing(out, {"model": path, "calibration text": data})
     check_text(data)
     model = load(path)
     tokenizer = open_tokenizer(os.fspath(path)) if rounding == "gptq" else None

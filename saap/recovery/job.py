@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap import console
 from saap.card import Made, comparisons, hub_name
-from saap.checkpoint import refuse_existing, save
+from saap.checkpoint import refuse_existing, refuse_losing, save
 from saap.checkpoint_files import PLAN_FILE
 from saap.data import check_tokenizer, load_documents
 from saap.evaluate import Evaluation, evaluate
@@ -24,7 +24,7 @@ from saap.plan import Plan
 from saap.recovery.recover import Recovered, Told, check_budget, check_folder, check_models, texts, tune
 from saap.recovery.report import described_recovery, recovery_rows
 from saap.recovery.settings import Settings
-from saap.recovery.training_folder import PREFIX, SETTINGS, UNFINISHED
+from saap.recovery.training_folder import PREFIX, SETTINGS, UNFINISHED, check_same_settings
 from saap.recovery.training_text import TrainingText
 from saap.report import REPORT_FILE, drawn_into, shown_name
 from saap.stopwatch import Stopwatch
@@ -61,14 +61,16 @@ class Job:
 
     def check_files(self) -> None:
         """Everything that can be refused without loading a model."""
+        read = {"training text": self.data, "held-out text": self.held_out, "evaluation text": self.eval_text}
+        refuse_losing(self.out, {"model": self.folder, "teacher": self.teacher} | read)
         refuse_existing(self.out, self.force)
-        if self.out.resolve() == Path(self.folder).resolve():
-            raise ValueError(f"{self.out} is the model itself; expected another directory: its weights would be lost")
         if self.force and not self.resume:
             _check_ours(self.training)
         else:
             check_folder(self.training, self.resume)
-        for text in (self.data, self.held_out, self.eval_text):
+        if self.resume:
+            check_same_settings(self.training, self.settings.to_dict())
+        for text in read.values():
             if isinstance(text, str):
                 load_documents(text)
 

@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ from saap.families import family_of
 from saap.quantised_linear import is_quantised
 from saap.quantiser import SaapConfig
 from saap.recovery.settings import Settings
+from saap.recovery.training_folder import check_same_settings, kept_if_it_fails
 from saap.recovery.training_text import TrainingText, pack_to_train
 from saap.refuse import refuse_meta, refuse_nonfinite_weights, refuse_unsupported
 from saap.stopwatch import Stopwatch
@@ -82,7 +83,8 @@ def recover(
     frozen meanwhile; objective "next_token" leaves it alone. ``held_out`` is text (any form ``data`` may have), or the
     share of the sequences of ``data``, rounded to whole ones and taken from their end, that is evaluated instead of
     trained on; 0: none.
-    ``folder`` keeps checkpoints, and ``resume`` goes on from the last one there; without it they are temporary.
+    ``folder`` keeps checkpoints, and ``resume`` goes on from the last one there; without it they are temporary, and
+    stay only where training fails, whose error says where.
     ``stage`` hears what begins, "quantising" and "training", of which ``progress(done, total)`` counts the Linears or
     blocks and the steps, and ``said(step, loss)`` each step's loss.
 
@@ -97,7 +99,10 @@ def recover(
     check_folder(folder, resume)
     text, kept = texts(model, tokenizer, data, held_out, wanted)
     check_budget(text, wanted)
-    return tune(model, text, kept, wanted, teacher, folder, resume, Told(progress, said, stage))
+    with kept_if_it_fails() if folder is None else nullcontext(folder) as checkpoints:
+        if resume:
+            check_same_settings(Path(checkpoints), wanted.to_dict())
+        return tune(model, text, kept, wanted, teacher, checkpoints, resume, Told(progress, said, stage))
 
 
 def settled(settings: dict[str, Any], has_teacher: bool) -> Settings:

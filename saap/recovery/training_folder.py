@@ -4,6 +4,9 @@ import errno
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +64,32 @@ def open_folder(folder: Path, record: Record, resume: bool) -> Path | None:
             raise FileExistsError(f"{folder} exists already: resume the training in it, or remove it to start anew")
         write_atomically(folder / SETTINGS, json.dumps(record, indent=2) + "\n")
         return None
+    _refuse_changes(folder, _read_record(folder), record)
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    return last_checkpoint(folder)
+
+
+def check_same_settings(folder: Path, settings: Record) -> None:
+    """What ``open_folder`` would refuse of the settings of a resume, before a model is loaded, let alone quantised."""
+    _refuse_changes(folder, {"settings": _read_record(folder).get("settings", {})}, {"settings": settings})
+
+
+def _read_record(folder: Path) -> Record:
     if not (folder / SETTINGS).is_file():
         raise FileNotFoundError(f"no training to resume in {folder}: expected {SETTINGS} in it")
     try:
-        old = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        record = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{folder / SETTINGS}: not valid JSON: {error}") from error
-    changed = differences(old, json.loads(json.dumps(record)))
+    if not isinstance(record, dict):
+        raise ValueError(f"{folder / SETTINGS}: expected an object that describes a training, got {record!r:.40}")
+    return record
+
+
+def _refuse_changes(folder: Path, old: Record, new: Record) -> None:
+    changed = differences(old, json.loads(json.dumps(new)))
     if changed:
         raise ValueError(f"cannot resume the training in {folder}, which was another one: {'; '.join(changed)}")
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-    return last_checkpoint(folder)
 
 
 def differences(old: Record, new: Record, within: str = "") -> list[str]:
@@ -112,6 +130,22 @@ def finish_checkpoint(folder: Path, step: int, best: int) -> None:
         if step_of(old) not in (step, best):
             old.rename(folder / UNFINISHED / f"old-{step_of(old)}")
     shutil.rmtree(folder / UNFINISHED)
+
+
+@contextmanager
+def kept_if_it_fails() -> Iterator[str]:
+    """A temporary directory for checkpoints, which stays where a training ends by an error: the last is all there is.
+
+    The error names it.
+    """
+    made = Path(tempfile.mkdtemp(prefix="saap-recover-"))
+    done = False
+    try:
+        yield str(made)
+        done = True
+    finally:
+        if done or last_checkpoint(made) is None:
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from saap.card import model_card
-from saap.checkpoint import PLAN_FILE, load, refuse_existing, written_whole
+from saap.checkpoint import PLAN_FILE, load, refuse_existing, refuse_losing, written_whole
 from saap.families import family_of, is_mixture
 from saap.opening import open_tokenizer
 from saap.plan import Plan
@@ -58,8 +58,7 @@ def export_compressed_tensors(
     check_rounding(rounding, data)
     target = Path(out)
     refuse_existing(target, force)
-    if target.resolve() == Path(path).resolve():
-        raise ValueError(f"{target} is the model itself; expected another directory: its weights would be lost")
+    refuse_losing(target, {"model": path, "calibration text": data})
     check_text(data)
     model = load(path)
     linears = _linears(model, group_size)

@@ -136,6 +136,19 @@ def test_outputs_are_refused_before_anything_is_loaded(workplace, tmp_path, monk
     assert "exists already" in recover(workplace, "--out", tmp_path / "out", code=2).stderr
     itself = recover(workplace, "--out", workplace / "pruned", "--force", code=2)
     assert "is the model itself" in itself.stderr
+    for option in ("--teacher", "--held-out", "--eval"):
+        (tmp_path / "inputs").mkdir(exist_ok=True)
+        (tmp_path / "inputs/text.txt").write_text("abc")
+        path = tmp_path / "inputs" / ("" if option == "--teacher" else "text.txt")
+        for out in {path, tmp_path / "inputs", tmp_path}:
+            lost = recover(workplace, option, path, "--out", out, "--force", code=2).stderr
+            assert "would be lost" in lost, (option, out)
+    assert (tmp_path / "inputs/text.txt").exists()
+    monkeypatch.chdir(tmp_path)
+    for out in (".", "/"):
+        assert (
+            "expected the name of a directory of its own" in recover(workplace, "--out", out, "--force", code=2).stderr
+        )
     (tmp_path / "new.training").mkdir()
     (tmp_path / "new.training/mine").write_text("")
     assert "holds an earlier training" in recover(workplace, "--out", tmp_path / "new", code=2).stderr
@@ -151,8 +164,10 @@ def test_a_failed_save_keeps_the_training_and_resume_goes_on_from_it(workplace, 
         patched.setattr("saap.recovery.job.save", full)
         assert "No space left" in recover(workplace, "--out", tmp_path / "out", code=2).stderr
     assert [each.name for each in tmp_path.iterdir()] == ["out.training"]
-    refused = recover(workplace, "--out", tmp_path / "out", "--resume", "--rank", 1, code=2)
-    assert "rank" in refused.stderr
+    with monkeypatch.context() as patched:
+        patched.setattr("saap.recovery.job.open_model", lambda *_: pytest.fail("loaded"))
+        refused = recover(workplace, "--out", tmp_path / "out", "--resume", "--rank", 1, code=2)
+        assert "settings.rank: 2 -> 1" in refused.stderr
     recover(workplace, "--out", tmp_path / "out", "--resume")
     recover(workplace, "--out", tmp_path / "again")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["again", "out"]

@@ -111,6 +111,24 @@ def test_checkpoints_stay_in_a_folder_that_is_given(tmp_path) -> None:
         recovered(folder=tmp_path / "training", epochs=1.0)
 
 
+def test_temporary_checkpoints_stay_where_training_fails(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def spoil(step: int, loss: float) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="it goes on from checkpoint-3"):
+        recovered(epochs=1.0, evaluate_every=1, said=spoil)
+    (kept,) = tmp_path.glob("saap-recover-*")
+    straight = recovered(epochs=1.0, evaluate_every=1)
+    assert list(tmp_path.glob("saap-recover-*")) == [kept]
+    with pytest.raises(ValueError, match="settings.rank: 2 -> 3"):
+        recovered(epochs=1.0, evaluate_every=1, rank=3, folder=kept, resume=True, stage=pytest.fail)
+    found = recovered(epochs=1.0, evaluate_every=1, folder=kept, resume=True)
+    assert found.history.losses == straight.history.losses
+
+
 def test_the_held_out_share_is_the_end_of_the_text_in_whole_sequences() -> None:
     model, settings = pruned(), settled(SMALL, False)
     text, kept = texts(model, None, ids(40), 0.05, settings)
