@@ -146,11 +146,17 @@ def pack_for(
     if tokenizer is not None:
         check_tokenizer(model, tokenizer)
     ids = pack(tokenizer, data, samples=samples, seq_len=seq_len, seed=seed)
-    if int(ids.max()) >= model.config.vocab_size:
-        raise ValueError(
-            f"expected token ids below the vocabulary size {model.config.vocab_size}, got {int(ids.max())}"
-        )
+    check_ids(model, ids)
     return ids
+
+
+def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
+    """Raise ValueError for token ids that ``model`` has no embedding for: a GPU's kernels would end the process."""
+    size = model.config.vocab_size
+    if int(ids.max()) >= size:
+        raise ValueError(f"expected token ids below the vocabulary size {size}, got {int(ids.max())}")
+    if int(ids.min()) < 0:
+        raise ValueError(f"expected token ids from 0 on, got {int(ids.min())}; leave out what pads a sequence")
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saap.data import Document, check_tokenizer, data_fingerprint, encode, load_documents
+from saap.data import Document, check_ids, check_tokenizer, data_fingerprint, encode, load_documents
 
 IGNORED = -100  # a label that the loss leaves out
 MARK = "\u2060answer\u2060"  # stands for an answer to find it by: no text begins or ends like it
@@ -74,10 +74,7 @@ def pack_to_train(
     ids, labels = (
         torch.cat(parts)[: sequences * seq_len].view(sequences, seq_len) for parts in zip(*pieces, strict=True)
     )
-    if int(ids.max()) >= model.config.vocab_size:
-        raise ValueError(
-            f"expected token ids below the vocabulary size {model.config.vocab_size}, got {int(ids.max())}"
-        )
+    check_ids(model, ids)
     labels[:, 0] = IGNORED  # so that counting labels counts predictions
     counted = (labels != IGNORED).any(1)
     if not bool(counted.any()):

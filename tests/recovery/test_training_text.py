@@ -159,3 +159,6 @@ def test_too_little_text_and_ids_that_do_not_fit():
         pack_to_train(model, tokenizer, ["abc"], seq_len=100)
     with pytest.raises(ValueError, match="below the vocabulary size 64, got 64"):
         pack_to_train(model, None, torch.tensor([[1, 64]]), seq_len=2)
+    for wrong in (-1, IGNORED):  # which a GPU's lookup of embeddings would end the process for
+        with pytest.raises(ValueError, match=f"expected token ids from 0 on, got {wrong}"):
+            pack_to_train(model, None, torch.tensor([[1, wrong, 2]]), seq_len=3)
