@@ -70,6 +70,12 @@ class Settings:
                 continue
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        if type(self.seed) is not int or not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed: expected an integer from 0 to 2^32 - 1, got {self.seed!r}")
+        for name in ("alpha", "epochs", "learning_rate", "next_token", "hidden", "warmup"):
+            value = getattr(self, name)
+            if isinstance(value, bool | str) or not isinstance(value, int | float | None):
+                raise ValueError(f"{name}: expected a number, got {value!r}")
         for name in ("alpha", "epochs", "learning_rate"):
             value = getattr(self, name)
             if not (value is None and name == "learning_rate") and not 0 < value < float("inf"):

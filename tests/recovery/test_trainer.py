@@ -275,3 +275,9 @@ def test_settings_name_what_is_wrong():
     assert Settings.from_dict(some_settings().to_dict()) == some_settings()
     with pytest.raises(ValueError, match="unknown recovery settings: colour"):
         Settings.from_dict({"colour": 1})
+    for seed in (-1, 1 << 32, 1.0, "1"):
+        with pytest.raises(ValueError, match=r"seed: expected an integer from 0 to 2\^32 - 1, got"):
+            Settings(seed=seed)
+    for name in ("alpha", "warmup", "next_token"):
+        with pytest.raises(ValueError, match=f"{name}: expected a number, got '1'"):
+            Settings(**{name: "1"})
