@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from saap import console, pipeline, results
+from saap.checkpoint import refuse_losing
 from saap.cli.options import (
     SWITCH,
     AllowEmpty,
@@ -133,6 +134,8 @@ def prune(
             compensated_scores=SWITCH[compensated_scores], command=given_command(invoked),
             recover_tokens=recover_tokens,
         )  # fmt: skip
+        for made in job.targets().values():
+            refuse_losing(made, {"model": model, "text": data, "evaluation text": eval_text, "plan": plan})
         job.check_files()
         with console.screen.status("loading the model"):
             loaded, streaming = open_for_calibration(model, dtype, SWITCH[stream], stream_folder)

@@ -145,9 +145,22 @@ def adapted_linears(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Merge every group-wise adapter of ``model`` into its quantised weight: logits of eval mode stay, bit for bit."""
+    """Merge every group-wise adapter of ``model`` into its quantised weight: logits of eval mode stay, bit for bit.
+
+    Raises ValueError, with nothing merged, for factors that are not finite.
+    """
+    refuse_nonfinite(model)
     for _, module in adapted_linears(model):
         module.merge()
+
+
+def refuse_nonfinite(model: nn.Module) -> None:
+    """Raise ValueError naming a factor of an adapter that is not finite: levels would hide it, being whole numbers."""
+    for name, module in adapted_linears(model):
+        for parameter in FACTORS.values():
+            factor = getattr(module, parameter)
+            if factor is not None and not bool(factor.isfinite().all()):
+                raise ValueError(f"{name}.{parameter}: expected finite values to merge, found NaN or infinity")
 
 
 def unmerge_adapters(model: nn.Module) -> None:

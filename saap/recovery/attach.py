@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from saap.families import family_of
 from saap.quantised_linear import QuantisedLinear, is_quantised
-from saap.recovery.adapted_linear import AdaptedLinear, adapted_linears, new_factors
+from saap.recovery.adapted_linear import AdaptedLinear, adapted_linears, new_factors, refuse_nonfinite
 from saap.recovery.group_adapter import Factors
 from saap.recovery.learned_norms import LearnedNorms
 from saap.recovery.settings import Settings
@@ -74,6 +74,8 @@ class Groupwise:
         self._norms = LearnedNorms(model) if norms else None
 
     def finish(self) -> PreTrainedModel:
+        """Raises ValueError, with nothing merged, for factors that are not finite."""
+        refuse_nonfinite(self.model)
         return self._end(merge=True)
 
     def discard(self) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,6 +28,7 @@ from saap.recovery.adapter_base import BaseOfAdapters
 from saap.recovery.attach import Groupwise, quantised_linears
 from saap.recovery.group_adapter import Factors
 from saap.recovery.learned_norms import learned_weights
+from saap.recovery.training_folder import read_tensors
 from saap.refuse import refuse_meta, refuse_unsupported
 from saap.version import __version__
 
@@ -84,7 +85,7 @@ def load_adapters(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Gro
     file = folder / (OWN if about["layout"] == "saap" else PEFT)
     if not file.is_file():
         raise FileNotFoundError(f"no such file: {file}, which {ABOUT} speaks of")
-    tensors = load_file(file)
+    tensors = read_tensors(file)
     read = _factors_of_own if about["layout"] == "saap" else _factors_of_peft
     found = {name: read(file, tensors, name, module) for name, module in linears.items()}
     norms = _norms(file, tensors, about, model)
@@ -102,7 +103,7 @@ def _about(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no {ABOUT} in {folder}; expected a directory that save_adapters wrote")
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{folder / ABOUT} is no JSON: {error}") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else about

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -35,9 +36,17 @@ def save_learned(tensors: dict[str, Tensor], folder: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / LEARNED)
 
 
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Those of a safetensors file, on the CPU; ValueError naming one that is damaged."""
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: the file is damaged: {error}") from error
+
+
 def read_learned(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     """A checkpoint's parameters, on the CPU; ValueError where names or shapes are not those that learn in ``model``."""
-    saved, mine = load_file(folder / LEARNED), learned(model)
+    saved, mine = read_tensors(folder / LEARNED), learned(model)
     sizes = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in (mine, saved)]
     if sizes[0] != sizes[1]:
         differing = sorted(dict(sizes[0].items() ^ sizes[1].items()))

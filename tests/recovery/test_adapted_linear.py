@@ -177,3 +177,17 @@ def test_training_lowers_the_loss_and_moves_what_learns_only() -> None:
     losses = trained(model, 6)
     assert losses[-1] < 0.8 * losses[0]
     assert frozen and all(torch.equal(each, frozen[name]) for name, each in model.named_parameters() if name in frozen)
+
+
+@pytest.mark.parametrize("factor", ["lora_zero_a", "lora_level_v"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_factors_that_are_not_finite_are_named_and_nothing_is_merged(factor, value) -> None:
+    attached, model = adapted()
+    name, last = list(adapted_linears(model))[-1]
+    with torch.no_grad():
+        getattr(last, factor)[0, 0] = value
+    for merge in (attached.finish, lambda: merge_adapters(model)):
+        with pytest.raises(ValueError, match=f"{name}.{factor}: expected finite values to merge"):
+            merge()
+    assert not any(each.is_merged for _, each in adapted_linears(model))
+    assert not list(adapted_linears(attached.discard()))

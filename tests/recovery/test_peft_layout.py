@@ -183,6 +183,9 @@ DAMAGES = [
     (True, change_about(base={}), "expected a valid base.bits, the file is damaged"),
     (True, change_about(layout="x"), "expected a valid layout, the file is damaged"),
     (True, lambda folder: (folder / ABOUT).write_text("{"), "is no JSON"),
+    (True, lambda folder: (folder / ABOUT).write_bytes(b"\xff\xfe"), f"{ABOUT} is no JSON"),
+    (True, lambda folder: (folder / OWN).write_bytes((folder / OWN).read_bytes()[:-9]), f"{OWN}: the file is damaged"),
+    (False, lambda folder: (folder / PEFT).write_bytes(b""), f"{PEFT}: the file is damaged"),
 ]
 
 

@@ -141,6 +141,9 @@ def test_other_inputs_are_refused_before_work(workplace, tmp_path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/kept").write_text("")
     assert "exists already; use force" in prune(workplace, "--ratio", 0.2, "--out", tmp_path / "out", code=2).stderr
+    for out in (workplace / "dense", workplace):
+        lost = prune(workplace, "--ratio", 0.2, "--out", out, "--force", code=2).stderr
+        assert "would be lost" in lost.replace("\n", " ")
     missing = run(
         "prune", "./absent", "--data", workplace / "text.txt", "--ratio", 0.2, "--out", tmp_path / "o", code=2
     )
