@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from saap.compact import PLAN_ATTRIBUTE
 from saap.data import check_tokenizer
 from saap.families import family_of
+from saap.packed_mlp import is_accelerated
 from saap.quantised_linear import is_quantised
 from saap.quantiser import SaapConfig
 from saap.recovery.settings import Settings
@@ -148,6 +149,11 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, settings: S
         raise ValueError("teacher: expected another model than the one to tune: the dense one it was made from")
     refuse_unsupported(teacher, accelerated=True)
     refuse_meta(teacher)
+    if not (is_accelerated(teacher) or is_quantised(teacher)):  # whose weights were checked when they became so
+        try:
+            refuse_nonfinite_weights(teacher, family_of(teacher))
+        except ValueError as error:
+            raise ValueError(f"teacher: {error}") from error
     _check_positions(teacher, "the teacher", settings.seq_len)
     if teacher.config.vocab_size != model.config.vocab_size:
         raise ValueError(

@@ -221,6 +221,8 @@ def test_a_quantised_model_must_be_what_the_settings_say(options: dict, message:
 def test_a_teacher_must_fit_the_model(changes: dict, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recovered(teacher=tiny_model("llama", torch.float32, **changes), **options)
+    with pytest.raises(ValueError, match="teacher: .*found NaN or inf in model.layers.0.mlp.up_proj.weight"):
+        recovered(teacher=_with_nan(tiny_model("llama", torch.float32)))
     with pytest.raises(ValueError, match="expected another model than the one to tune"):
         saap.recover(model := pruned(), None, ids(), teacher=model, **SMALL)
 
