@@ -148,7 +148,11 @@ class SaapQuantizer(HfQuantizer):
         for module in list(model.modules()):
             if isinstance(module, QuantisedLinear):
                 module.restore()
-        return model if dtype is None else model.to(dtype)
+        if dtype is not None:
+            for parameter in model.parameters():  # buffers stay: frequencies of rotary embeddings are kept in fp32
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(dtype)
+        return model
 
     def is_serializable(self) -> bool:
         return True

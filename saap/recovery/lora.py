@@ -53,9 +53,9 @@ def peft_module() -> Any:
 
 def _write_out(model: PreTrainedModel) -> None:
     """Plain weights in the stead of quantised ones, and no quantisation in the configuration."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.dequantize(model, model.dtype)
     for module in list(model.modules()):
         if isinstance(module, QuantisedLinear):
             module.restore()
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:  # its own dequantize would round what peft keeps in fp32, before it is merged
+        quantizer.remove_quantization_config(model)

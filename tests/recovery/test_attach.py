@@ -216,3 +216,32 @@ def test_without_peft_lora_says_what_to_install_and_groupwise_works(monkeypatch)
         attach(model, settings(None, method="lora"))
     assert learning(model) == before
     attach(quantised(), settings()).finish()
+
+
+@pytest.mark.parametrize("method", ["lora", "groupwise"])
+def test_a_finished_model_in_bf16_is_the_one_that_is_saved(method, tmp_path) -> None:
+    attached = attach(quantised(dtype=torch.bfloat16), settings(method=method))
+    stir(attached.model)
+    finished = attached.finish().eval()
+    saap.save(finished, tmp_path / "out")
+    assert finished.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(logits(saap.load(tmp_path / "out")), logits(finished))
+
+
+def test_lora_beside_quantised_weights_is_merged_before_it_is_rounded() -> None:
+    attached = attach(quantised(dtype=torch.bfloat16), settings(method="lora"))
+    stir(attached.model)
+    layer = attached.model.get_base_model().model.layers[0].mlp.up_proj
+    base, delta = layer.base_layer.unpacked_weight(), layer.get_delta_weight("default")
+    assert delta.dtype == torch.float32  # factors are, too
+    merged = attached.finish().model.layers[0].mlp.up_proj.weight
+    assert torch.equal(merged, base + delta.to(base.dtype)) or torch.equal(
+        merged, (base.float() + delta).to(base.dtype)
+    )
+
+
+def test_weights_written_out_leave_rotary_frequencies_in_fp32() -> None:
+    model = quantised(dtype=torch.bfloat16)
+    before = model.model.rotary_emb.inv_freq.clone()
+    model.dequantize()
+    assert model.dtype == torch.bfloat16 and torch.equal(model.model.rotary_emb.inv_freq, before)
