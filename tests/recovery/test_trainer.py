@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from saap.recovery import trainer, training_folder
+from saap.recovery.schedule import Schedule, order_of, rise_and_fall
 from saap.recovery.settings import Settings
-from saap.recovery.trainer import Evaluated, Schedule, order_of, train
+from saap.recovery.trainer import Evaluated, train
 from saap.recovery.training_folder import learned
-from saap.recovery.training_loop import RecoveryTrainer, best_step, out_of_patience, rise_and_fall
+from saap.recovery.training_loop import RecoveryTrainer, best_step, out_of_patience
 from tests.recovery.training_cases import SEQ_LEN, learner, some_settings, some_text
 from tests.saap.tiny import tiny_model
 
