@@ -20,7 +20,7 @@ from saap.distributed import check_agreement, gathered, on_first_rank, process_g
 from saap.recovery.distillation import Distillation, Objective, causal_lm, check_teacher
 from saap.recovery.fingerprint import frozen_fingerprint, weights_fingerprint
 from saap.recovery.schedule import Schedule, order_of
-from saap.recovery.settings import LEARNING_RATES, Settings
+from saap.recovery.settings import Settings, default_learning_rate
 from saap.recovery.training_folder import PREFIX, Record, last_checkpoint, learned, open_folder, restore_learned
 from saap.recovery.training_text import TrainingText
 
@@ -196,13 +196,13 @@ def _some_are_unused(objective: Objective, text: TrainingText) -> bool:
 def _arguments(model: nn.Module, settings: Settings, schedule: Schedule, folder: Path) -> "TrainingArguments":
     from transformers import TrainingArguments
 
-    device = next(model.parameters()).device
+    device, width = next(model.parameters()).device, causal_lm(model).config.hidden_size
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=schedule.steps,
         per_device_train_batch_size=schedule.micro_batch,
         gradient_accumulation_steps=schedule.accumulation,
-        learning_rate=settings.learning_rate or LEARNING_RATES[settings.method],
+        learning_rate=settings.learning_rate or default_learning_rate(settings.method, width),
         warmup_steps=math.ceil(settings.warmup * schedule.steps),
         optim="adamw_torch",
         weight_decay=0.0,

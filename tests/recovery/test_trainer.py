@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from saap.recovery import trainer, training_folder
 from saap.recovery.schedule import Schedule, order_of, rise_and_fall
-from saap.recovery.settings import Settings
+from saap.recovery.settings import LEARNING_RATES, Settings, default_learning_rate
 from saap.recovery.trainer import Evaluated, train
 from saap.recovery.training_folder import learned
 from saap.recovery.training_loop import RecoveryTrainer, best_step, out_of_patience
@@ -276,3 +276,8 @@ def test_settings_name_what_is_wrong():
     assert Settings.from_dict(some_settings().to_dict()) == some_settings()
     with pytest.raises(ValueError, match="unknown recovery settings: colour"):
         Settings.from_dict({"colour": 1})
+
+
+def test_default_learning_rate_falls_with_the_width():
+    assert default_learning_rate("groupwise", 256) == LEARNING_RATES["groupwise"]
+    assert default_learning_rate("lora", 4096) == pytest.approx(LEARNING_RATES["lora"] / 16)
