@@ -77,7 +77,7 @@ $(OTHER_STAMP): $(STAMP)
 	@touch $@
 
 test-transformers: $(OTHER_STAMP)
-	OMP_NUM_THREADS=1 $(OTHER_RUN) -m pytest -q -m "not gpu" $(WORKERS) --durations=10 tests/saap tests/test_examples.py $(OTHER_TESTS)
+	OMP_NUM_THREADS=1 $(OTHER_RUN) -m pytest -q -m "not gpu" $(WORKERS) --durations=10 tests/saap tests/recovery tests/test_examples.py $(OTHER_TESTS)
 
 # Asks the environment itself: what was broken off is made again, and one that was made elsewhere is left as it is.
 llamacpp:

@@ -44,7 +44,7 @@ def test_the_second_environment_gets_transformers_alone_and_sees_the_first(tmp_p
         assert done.returncode == 0, done.stdout + done.stderr
     asked = [line.removeprefix(f"{tmp_path}/") for line in log.read_text().splitlines()]
     tests = "second/bin/python -m pytest -q -m not gpu -n 3 --dist loadfile --durations=10"
-    tests += " tests/saap tests/test_examples.py "
+    tests += " tests/saap tests/recovery tests/test_examples.py "
     tests += " ".join(sorted(str(file.relative_to(ROOT)) for kind in SERVED for file in ROOT.glob(kind)))
     assert [line for line in asked if " -c " not in line] == [
         f"first/bin/python -m venv --without-pip {second}",

@@ -54,13 +54,15 @@ def recover(
         int, typer.Option(help="Of distillation: the teacher's likeliest tokens, one by one; 0: all tokens.")
     ] = 64,
     next_token: Annotated[float, typer.Option(help="Of distillation: weight of the next-token loss beside it.")] = 0.0,
-    hidden: Annotated[float, typer.Option(help="Of distillation: weight of the distance of hidden states.")] = 0.0,
+    hidden: Annotated[float, typer.Option(help="Of distillation: weight of the distance of hidden states.")] = 16.0,
     epochs: Annotated[float, typer.Option(help="Times that the text is read.")] = DEFAULT.epochs,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on at most, repeated ones too.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = DEFAULT.seq_len,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = DEFAULT.batch_size,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences at once, a divisor of --batch-size.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW, at its largest. Default: by method.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of AdamW, at its largest. Default: by method, less for wider models.")
+    ] = None,
     warmup: Annotated[float, typer.Option(help="Share of the steps over which it rises.")] = DEFAULT.warmup,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")

@@ -8,7 +8,8 @@ from saap.quantiser import check_bits
 METHODS = ("groupwise", "lora", "full")
 OBJECTIVES = ("auto", "distillation", "next_token")
 ROUNDINGS = ("nearest", "clip", "gptq")
-LEARNING_RATES = {"groupwise": 1e-2, "lora": 1e-2, "full": 1e-3}
+LEARNING_RATES = {"groupwise": 1e-2, "lora": 1e-2, "full": 1e-3}  # of a model whose hidden states are MEASURED wide
+MEASURED = 256
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Settings:
     the text alone; "auto" is distillation where there is a teacher.
     Text is packed into sequences of ``seq_len``, ``batch_size`` of them a step in micro-batches of ``micro_batch``
     (None: all at once); training ends after ``epochs`` of it or ``tokens``, whichever is less (None: no limit by it).
-    AdamW; the ``learning_rate`` (None: ``LEARNING_RATES``) rises over the share ``warmup`` of the steps and falls
+    AdamW; the ``learning_rate`` (None: ``default_learning_rate``) rises over the share ``warmup`` of the steps and falls
     along a cosine. Held-out text is evaluated, and a checkpoint kept, every ``evaluate_every`` steps (None: ten times
     in all); after ``patience`` evaluations without a better one training stops (None: never), and the best is taken.
     Raises ValueError naming what was expected and what came.
@@ -41,7 +42,7 @@ class Settings:
     objective: str = "auto"
     top_k: int | None = 64
     next_token: float = 0.0
-    hidden: float = 0.0
+    hidden: float = 16.0
     seq_len: int = 512
     batch_size: int = 8
     micro_batch: int | None = None
@@ -98,3 +99,12 @@ class Settings:
         if unknown:
             raise ValueError(f"unknown recovery settings: {', '.join(unknown)}")
         return cls(**values)
+
+
+def default_learning_rate(method: str, hidden_size: int) -> float:
+    """The largest one of AdamW where none is given: ``LEARNING_RATES``, in proportion less for wider models.
+
+    Rates of Adam fall with the width in that proportion in the maximal update parametrisation (Yang et al. 2022,
+    arXiv 2203.03466, table 3); here they were measured at ``MEASURED`` alone.
+    """
+    return LEARNING_RATES[method] * MEASURED / hidden_size

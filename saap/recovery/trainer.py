@@ -19,14 +19,13 @@ from transformers.utils import logging as transformers_logging
 from saap.distributed import check_agreement, gathered, on_first_rank, process_group, world_size
 from saap.recovery.distillation import Distillation, Objective, causal_lm, check_teacher
 from saap.recovery.fingerprint import frozen_fingerprint, weights_fingerprint
-from saap.recovery.settings import LEARNING_RATES, Settings
+from saap.recovery.schedule import Schedule, order_of
+from saap.recovery.settings import Settings, default_learning_rate
 from saap.recovery.training_folder import PREFIX, Record, last_checkpoint, learned, open_folder, restore_learned
 from saap.recovery.training_text import TrainingText
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
-
-EVALUATIONS = 10  # in all, where the settings do not say when
 
 
 @dataclass(frozen=True)
@@ -47,37 +46,6 @@ class History:
     stopped_early: bool
     tokens: int  # trained on, with repetitions
     seconds: float  # of training and evaluation, before a resume too
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Steps, and how a step's batch is cut: ``accumulation`` micro-batches in each of the processes."""
-
-    steps: int
-    micro_batch: int
-    accumulation: int
-    every: int  # steps between evaluations
-
-    @classmethod
-    def of(cls, settings: Settings, sequences: int, processes: int) -> "Schedule":
-        """Raises ValueError for a batch that the processes cannot share, and a budget of tokens below one step's."""
-        batch = settings.batch_size
-        if batch % processes or batch // processes % (settings.micro_batch or 1):
-            raise ValueError(
-                f"expected a batch_size that {processes} processes with micro-batches of "
-                f"{settings.micro_batch or 'any size'} divide, got {batch}"
-            )
-        steps = math.ceil(settings.epochs * sequences / batch)
-        if settings.tokens is not None:
-            steps = min(steps, settings.tokens // (batch * settings.seq_len))
-            if not steps:
-                raise ValueError(
-                    f"tokens: expected at least those of one step, {batch} x {settings.seq_len} = "
-                    f"{batch * settings.seq_len}, got {settings.tokens}"
-                )
-        micro = settings.micro_batch or batch // processes
-        every = settings.evaluate_every or math.ceil(steps / EVALUATIONS)
-        return cls(steps, micro, batch // processes // micro, every)
 
 
 def train(
@@ -228,13 +196,13 @@ def _some_are_unused(objective: Objective, text: TrainingText) -> bool:
 def _arguments(model: nn.Module, settings: Settings, schedule: Schedule, folder: Path) -> "TrainingArguments":
     from transformers import TrainingArguments
 
-    device = next(model.parameters()).device
+    device, width = next(model.parameters()).device, causal_lm(model).config.hidden_size
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=schedule.steps,
         per_device_train_batch_size=schedule.micro_batch,
         gradient_accumulation_steps=schedule.accumulation,
-        learning_rate=settings.learning_rate or LEARNING_RATES[settings.method],
+        learning_rate=settings.learning_rate or default_learning_rate(settings.method, width),
         warmup_steps=math.ceil(settings.warmup * schedule.steps),
         optim="adamw_torch",
         weight_decay=0.0,
@@ -254,15 +222,6 @@ def _arguments(model: nn.Module, settings: Settings, schedule: Schedule, folder:
     if device.type == "cuda" and world_size() == 1:
         args._n_gpu = 1  # all visible GPUs otherwise, by torch's DataParallel
     return args
-
-
-def order_of(sequences: int, wanted: int, seed: int) -> list[int]:
-    """Numbers of the sequences to train on, one after the other: every one once in another order, then again."""
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    while len(order) < wanted:
-        order += torch.randperm(sequences, generator=generator).tolist()
-    return order[:wanted]
 
 
 def _history(state: "TrainerState", best: int, steps: int, settings: Settings) -> History:

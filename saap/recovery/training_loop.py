@@ -21,6 +21,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from saap.distributed import gathered, rank, sum_over_ranks, world_size
 from saap.recovery import sharded
 from saap.recovery.distillation import Objective
+from saap.recovery.schedule import rise_and_fall
 from saap.recovery.training_folder import (
     UNFINISHED,
     finish_checkpoint,
@@ -52,17 +53,6 @@ def out_of_patience(log: Log, patience: int | None) -> bool:
     """Whether the last ``patience`` evaluations were none of them the best."""
     steps = [step for step, _ in evaluated(log)]
     return patience is not None and bool(steps) and steps.index(best_step(log, 0)) < len(steps) - patience
-
-
-def rise_and_fall(warmup: int, steps: int) -> Callable[[int], float]:
-    """Shares of the learning rate: up to 1 at the last of ``warmup`` steps, then half a cosine towards 0."""
-
-    def share(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-    return share
 
 
 class RecoveryTrainer(Trainer):

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from saap.recovery import trainer, training_folder
-from saap.recovery.settings import Settings
-from saap.recovery.trainer import Evaluated, Schedule, order_of, train
+from saap.recovery.schedule import Schedule, order_of, rise_and_fall
+from saap.recovery.settings import LEARNING_RATES, Settings, default_learning_rate
+from saap.recovery.trainer import Evaluated, train
 from saap.recovery.training_folder import learned
-from saap.recovery.training_loop import RecoveryTrainer, best_step, out_of_patience, rise_and_fall
+from saap.recovery.training_loop import RecoveryTrainer, best_step, out_of_patience
 from tests.recovery.training_cases import SEQ_LEN, learner, some_settings, some_text
 from tests.saap.tiny import tiny_model
 
@@ -281,3 +282,8 @@ def test_settings_name_what_is_wrong():
     for name in ("alpha", "warmup", "next_token"):
         with pytest.raises(ValueError, match=f"{name}: expected a number, got '1'"):
             Settings(**{name: "1"})
+
+
+def test_default_learning_rate_falls_with_the_width():
+    assert default_learning_rate("groupwise", 256) == LEARNING_RATES["groupwise"]
+    assert default_learning_rate("lora", 4096) == pytest.approx(LEARNING_RATES["lora"] / 16)
