@@ -60,7 +60,9 @@ def recover(
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = DEFAULT.seq_len,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = DEFAULT.batch_size,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences at once, a divisor of --batch-size.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW, at its largest. Default: by method and width of the model.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of AdamW, at its largest. Default: by method, less for wider models.")
+    ] = None,
     warmup: Annotated[float, typer.Option(help="Share of the steps over which it rises.")] = DEFAULT.warmup,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")
