@@ -26,8 +26,9 @@ class Settings:
     Text is packed into sequences of ``seq_len``, ``batch_size`` of them a step in micro-batches of ``micro_batch``
     (None: all at once); training ends after ``epochs`` of it or ``tokens``, whichever is less (None: no limit by it).
     AdamW; the ``learning_rate`` (None: ``default_learning_rate``) rises over the share ``warmup`` of the steps and
-    falls along a cosine. Held-out text is evaluated, and a checkpoint kept, every ``evaluate_every`` steps (None: ten times
-    in all); after ``patience`` evaluations without a better one training stops (None: never), and the best is taken.
+    falls along a cosine. Held-out text is evaluated, and a checkpoint kept, every ``evaluate_every`` steps (None: ten
+    times in all); after ``patience`` evaluations without a better one training stops (None: never), and the best is
+    taken.
     Raises ValueError naming what was expected and what came.
     """
 
