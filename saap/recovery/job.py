@@ -61,13 +61,15 @@ class Job:
 
     def check_files(self) -> None:
         """Everything that can be refused without loading a model."""
+        if not Path(self.folder).is_dir():
+            raise FileNotFoundError(f"no such model directory: {self.folder}")
         refuse_existing(self.out, self.force)
         if self.out.resolve() == Path(self.folder).resolve():
             raise ValueError(f"{self.out} is the model itself; expected another directory: its weights would be lost")
         if self.force and not self.resume:
             _check_ours(self.training)
         else:
-            check_folder(self.training, self.resume)
+            check_folder(self.training, self.resume, self.settings)
         for text in (self.data, self.held_out, self.eval_text):
             if isinstance(text, str):
                 load_documents(text)

@@ -18,7 +18,8 @@ from saap.data import check_tokenizer
 from saap.families import family_of
 from saap.quantised_linear import is_quantised
 from saap.quantiser import SaapConfig
-from saap.recovery.settings import Settings
+from saap.recovery.settings import LEARNING_RATES, Settings
+from saap.recovery.training_folder import refuse_differences
 from saap.recovery.training_text import TrainingText, pack_to_train
 from saap.refuse import refuse_meta, refuse_nonfinite_weights, refuse_unsupported
 from saap.stopwatch import Stopwatch
@@ -94,7 +95,7 @@ def recover(
     check_models(model, teacher, wanted)
     if tokenizer is not None:
         check_tokenizer(model, tokenizer)
-    check_folder(folder, resume)
+    check_folder(folder, resume, wanted)
     text, kept = texts(model, tokenizer, data, held_out, wanted)
     check_budget(text, wanted)
     return tune(model, text, kept, wanted, teacher, folder, resume, Told(progress, said, stage))
@@ -112,7 +113,14 @@ def settled(settings: dict[str, Any], has_teacher: bool) -> Settings:
         objective = "distillation" if has_teacher else "next_token"
     if objective == "distillation" and not has_teacher:
         raise ValueError("objective distillation follows a dense teacher: expected teacher (--teacher), got none")
-    return replace(wanted, objective=objective)
+    weights = [name for name in ("next_token", "hidden") if getattr(wanted, name)]
+    if objective == "next_token" and weights:
+        raise ValueError(
+            f"{' and '.join(weights)}: expected 0 without distillation, of whose loss they are a part; "
+            + ("objective next_token leaves the teacher alone" if has_teacher else "there is no teacher (--teacher)")
+        )
+    rate = wanted.learning_rate or LEARNING_RATES[wanted.method]
+    return replace(wanted, objective=objective, learning_rate=rate)
 
 
 def check_models(model: PreTrainedModel, teacher: PreTrainedModel | None, settings: Settings) -> None:
@@ -167,17 +175,21 @@ def _check_quantised(model: PreTrainedModel, settings: Settings) -> None:
     found = model.config.quantization_config
     found = SaapConfig(**found) if isinstance(found, dict) else found
     if settings.bits is None:
+        other = "" if settings.method == "full" else f"bits {found.bits} (--bits), or "
         raise ValueError(
-            f"the model is quantised ({found}), which method {settings.method} with bits None does not tune: give bits "
-            f"{found.bits} (--bits), or the model that it was made from"
+            f"the model is quantised ({found}), which method {settings.method} with bits None does not tune: give "
+            f"{other}the model that it was made from"
         )
     if (settings.bits, settings.group_size) != (found.bits, found.group_size):
         asked = f"int{settings.bits} in groups of {settings.group_size}"
-        raise ValueError(f"the model is quantised already: expected settings of {found}, got {asked}")
+        raise ValueError(
+            f"the model is quantised already: expected settings of {found} (--bits {found.bits} --group-size "
+            f"{found.group_size}), got {asked}"
+        )
 
 
-def check_folder(folder: str | os.PathLike[str] | None, resume: bool) -> None:
-    """Raise unless ``folder`` is free for checkpoints, or holds those to go on from."""
+def check_folder(folder: str | os.PathLike[str] | None, resume: bool, settings: Settings) -> None:
+    """Raise unless ``folder`` is free for checkpoints, or holds those of a training by ``settings`` to go on from."""
     if folder is None:
         if resume:
             raise ValueError("resume goes on from the checkpoints of a folder: expected folder, got none")
@@ -190,6 +202,7 @@ def check_folder(folder: str | os.PathLike[str] | None, resume: bool) -> None:
     if resume:
         if not path.is_dir():
             raise FileNotFoundError(f"no training to go on from: there is no {path}; start without resume (--resume)")
+        refuse_differences(path, {"settings": settings.to_dict()})
     elif path.is_dir() and any(path.iterdir()) and int(os.environ.get("RANK", "0")) == 0:
         raise FileExistsError(
             f"{path} holds an earlier training: go on with resume (--resume), or use force (--force) to start anew"
@@ -257,10 +270,13 @@ def tune(
         attached = attach(model, settings)
         told.begin("training")
         with watch("train"):
-            history = train(
-                attached.model, text, held_out, settings, folder=Path(kept), teacher=teacher, resume=resume,
-                progress=told.progress, said=told.said,
-            )  # fmt: skip
+            try:
+                history = train(
+                    attached.model, text, held_out, settings, folder=Path(kept), teacher=teacher, resume=resume,
+                    progress=told.progress, said=told.said,
+                )  # fmt: skip
+            except KeyboardInterrupt as interrupt:  # what says how to go on, of a folder that stays
+                raise KeyboardInterrupt(*(() if folder is None else interrupt.args)) from None
         with watch("merge"):
             done = attached.finish().eval()
     if plan is not None:

@@ -59,9 +59,9 @@ class Settings:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.method == "groupwise" and self.bits is None:
-            raise ValueError("method groupwise tunes quantised weights: expected bits 8 or 4, got None")
+            raise ValueError("method groupwise tunes quantised weights: expected bits 8 or 4, got None (--bits 16)")
         if self.method == "full" and self.bits is not None:
-            raise ValueError(f"method full trains every weight as it is: expected bits None, got {self.bits}")
+            raise ValueError(f"method full trains plain weights: expected bits None (--bits 16), got {self.bits}")
         if self.bits is not None:
             check_bits(self.bits, self.group_size)
         for name in ("rank", "batch_size", "seq_len", "micro_batch", "tokens", "evaluate_every", "patience", "top_k"):

@@ -124,7 +124,7 @@ def train(
             return _trained(model, text, held_out, settings, schedule, distillation, target, checkpoint, progress, said)
         except KeyboardInterrupt:
             last = last_checkpoint(target)
-            kept = f"resume the training in {target}: it goes on from {last.name}" if last else "nothing is lost"
+            kept = f"resume (--resume) goes on from {last.name} in {target}" if last else "nothing is lost"
             raise KeyboardInterrupt(f"interrupted; {kept}") from None
 
 

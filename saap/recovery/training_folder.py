@@ -61,17 +61,22 @@ def open_folder(folder: Path, record: Record, resume: bool) -> Path | None:
             raise FileExistsError(f"{folder} exists already: resume the training in it, or remove it to start anew")
         write_atomically(folder / SETTINGS, json.dumps(record, indent=2) + "\n")
         return None
+    refuse_differences(folder, record)
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    return last_checkpoint(folder)
+
+
+def refuse_differences(folder: Path, record: Record) -> None:
+    """As ``open_folder`` when a run is resumed; a ``record`` of some things is compared by those alone."""
     if not (folder / SETTINGS).is_file():
         raise FileNotFoundError(f"no training to resume in {folder}: expected {SETTINGS} in it")
     try:
         old = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder / SETTINGS}: not valid JSON: {error}") from error
-    changed = differences(old, json.loads(json.dumps(record)))
+    changed = differences({name: old.get(name, "nothing") for name in record}, json.loads(json.dumps(record)))
     if changed:
         raise ValueError(f"cannot resume the training in {folder}, which was another one: {'; '.join(changed)}")
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-    return last_checkpoint(folder)
 
 
 def differences(old: Record, new: Record, within: str = "") -> list[str]:

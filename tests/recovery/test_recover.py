@@ -111,6 +111,17 @@ def test_checkpoints_stay_in_a_folder_that_is_given(tmp_path) -> None:
         recovered(folder=tmp_path / "training", epochs=1.0)
 
 
+def test_an_interrupt_says_how_to_go_on_from_a_folder_that_stays(tmp_path) -> None:
+    def stop(step: int, loss: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match=r"resume \(--resume\) goes on from checkpoint-0 in .*training$"):
+        recovered(folder=tmp_path / "training", said=stop)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        recovered(said=stop)
+    assert not caught.value.args  # its checkpoints are gone
+
+
 def test_the_held_out_share_is_the_end_of_the_text_in_whole_sequences() -> None:
     model, settings = pruned(), settled(SMALL, False)
     text, kept = texts(model, None, ids(40), 0.05, settings)
@@ -180,10 +191,10 @@ def test_what_does_not_fit_is_refused_with_nothing_changed(spoil, options: dict,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 4}, "already: expected settings of int8 in groups of 64, got int4 in groups of 32"),
-        ({"bits": 8}, "already: expected settings of int8 in groups of 64, got int8 in groups of 32"),
+        ({"bits": 4}, "settings of int8 in groups of 64 .--bits 8 --group-size 64., got int4 in groups of 32"),
+        ({"bits": 8}, "settings of int8 in groups of 64 .--bits 8 --group-size 64., got int8 in groups of 32"),
         ({"method": "lora"}, "which method lora with bits None does not tune: give bits 8"),
-        ({"method": "full"}, "which method full with bits None does not tune"),
+        ({"method": "full"}, "which method full with bits None does not tune: give the model that it was"),
     ],
 )
 def test_a_quantised_model_must_be_what_the_settings_say(options: dict, message: str) -> None:

@@ -244,7 +244,7 @@ def test_an_interrupt_passes_and_says_how_to_go_on(tmp_path):
         if step == 6:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt, match="resume the training in .*run: it goes on from checkpoint-4"):
+    with pytest.raises(KeyboardInterrupt, match="resume .--resume. goes on from checkpoint-4 in .*run"):
         train(learner(), some_text(), None, some_settings(), folder=tmp_path / "run", said=said)
 
 
