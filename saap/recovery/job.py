@@ -114,8 +114,12 @@ class Job:
         with console.screen.status("loading"):
             model, tokenizer, teacher = self._open()
         check_models(model, teacher, self.settings)
-        if tokenizer is not None:
-            check_tokenizer(model, tokenizer)
+        if tokenizer is None:
+            raise ValueError(
+                f"expected a tokenizer in {self.folder}, found none: copy the dense model's into it, or give --teacher, "
+                "whose tokenizer serves too"
+            )
+        check_tokenizer(model, tokenizer)
         text, kept = texts(model, tokenizer, self.data, self.held_out, self.settings)
         check_budget(text, self.settings)
         return model, tokenizer, teacher, text, kept

@@ -81,6 +81,8 @@ def test_a_teacher_must_have_the_models_vocabulary_and_lends_its_tokenizer(workp
     assert "--teacher: expected the vocabulary of" in refused.stderr
     saap.save(saap.load(workplace / "pruned"), tmp_path / "bare")
     arguments = ("--data", workplace / "text.txt", "--teacher", workplace / "dense", *SMALL, "--epochs", 0.3)
+    alone = run("recover", tmp_path / "bare", *arguments[:2], *SMALL, "--out", tmp_path / "out", code=2)
+    assert f"expected a tokenizer in {tmp_path / 'bare'}, found none" in alone.stderr
     run("recover", tmp_path / "bare", *arguments, "--objective", "next_token", "--out", tmp_path / "out")
     assert (tmp_path / "out/tokenizer.json").is_file() and "| objective | next token |" in card(tmp_path / "out").text
 
