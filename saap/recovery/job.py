@@ -28,6 +28,7 @@ from saap.recovery.training_folder import PREFIX, SETTINGS, UNFINISHED
 from saap.recovery.training_text import TrainingText
 from saap.report import REPORT_FILE, drawn_into, shown_name
 from saap.stopwatch import Stopwatch
+from saap.units import elements
 
 TRAINING = ".training"  # behind the name of the model's directory: its checkpoints while it is trained
 OURS = (SETTINGS, PREFIX, UNFINISHED, f".{SETTINGS}")  # how the names begin of what is in such a folder
@@ -99,7 +100,7 @@ class Job:
         model, _, _, text, kept = self._ready()
         steps = check_budget(text, self.settings)
         return {name: value for name, value in self.settings.to_dict().items() if value is not None} | {
-            "parameters": model.num_parameters(),
+            "parameters": elements(model),
             "weight_bytes": weight_bytes(model),
             "sequences": len(text),
             "held_out_sequences": 0 if kept is None else len(kept),
@@ -116,8 +117,8 @@ class Job:
         check_models(model, teacher, self.settings)
         if tokenizer is None:
             raise ValueError(
-                f"expected a tokenizer in {self.folder}, found none: copy the dense model's into it, or give --teacher, "
-                "whose tokenizer serves too"
+                f"expected a tokenizer in {self.folder}, found none: copy the dense model's into it, or give "
+                "--teacher, whose tokenizer serves too"
             )
         check_tokenizer(model, tokenizer)
         text, kept = texts(model, tokenizer, self.data, self.held_out, self.settings)

@@ -15,6 +15,7 @@ from saap.accelerate import accelerate as accelerate_model
 from saap.checkpoint_files import check_directory
 from saap.data import check_tokenizer
 from saap.opening import open_model, open_tokenizer
+from saap.units import elements
 
 if TYPE_CHECKING:
     from saap.serving.server_app import Served
@@ -141,7 +142,7 @@ def _greeting(served: "Served", host: str, port: int) -> str:
 
 def _described(model: PreTrainedModel) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
-    return f"{type(model).__name__}, {model.num_parameters():,} parameters, {dtype} on {model.device.type}"
+    return f"{type(model).__name__}, {elements(model):,} parameters, {dtype} on {model.device.type}"
 
 
 def _remarks(model: PreTrainedModel, host: str) -> Iterator[str]:

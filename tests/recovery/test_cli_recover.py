@@ -95,7 +95,10 @@ def test_a_quantised_directory_is_tuned_as_it_is(workplace, tmp_path) -> None:
         "expected settings of int8 in groups of 64 (--bits 8 --group-size 64), got int4 in groups of 64"
         in refused.stderr
     )
-    told = run("recover", tmp_path / "q", *arguments, "--bits", 8, "--out", tmp_path / "out").stdout
+    asked = (*arguments, "--bits", 8, "--out", tmp_path / "out")
+    dry = json.loads(run("recover", tmp_path / "q", *asked, "--dry-run", "--json").stdout)
+    assert dry["parameters"] == saap.load(workplace / "pruned").num_parameters()  # quantised weights too
+    told = run("recover", tmp_path / "q", *asked).stdout
     assert "int8 in groups of 64, as it came" in told and saap.load(tmp_path / "out").is_quantized
 
 
