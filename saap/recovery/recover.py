@@ -116,7 +116,7 @@ def settled(settings: dict[str, Any], has_teacher: bool) -> Settings:
     weights = [name for name in ("next_token", "hidden") if getattr(wanted, name)]
     if objective == "next_token" and weights:
         raise ValueError(
-            f"{' and '.join(weights)}: expected 0 without distillation, of whose loss they are a part; "
+            f"{' and '.join(weights)}: expected 0 where nothing is distilled; "
             + ("objective next_token leaves the teacher alone" if has_teacher else "there is no teacher (--teacher)")
         )
     rate = wanted.learning_rate or LEARNING_RATES[wanted.method]

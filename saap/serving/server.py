@@ -130,7 +130,7 @@ def _greeting(served: "Served", host: str, port: int) -> str:
     url = f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
     routes = "completions and chat" if served.tokenizer.chat_template else "completions; no chat template"
     lines = [
-        f"serving {served.name} ({_described(served.model)}) at {url}/v1",
+        f"serving {served.name} ({described(served.model)}) at {url}/v1",
         *_remarks(served.model, host),
         f"""  curl {url}/v1/completions -H 'Content-Type: application/json' \\""",
         f"""    -d '{{"model": "{served.name}", "prompt": "Hello", "max_tokens": 16}}'""",
@@ -140,7 +140,7 @@ def _greeting(served: "Served", host: str, port: int) -> str:
     return "\n".join(lines)
 
 
-def _described(model: PreTrainedModel) -> str:
+def described(model: PreTrainedModel) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
     return f"{type(model).__name__}, {elements(model):,} parameters, {dtype} on {model.device.type}"
 

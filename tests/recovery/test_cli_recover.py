@@ -134,7 +134,10 @@ def test_bits_16_are_none(workplace, tmp_path) -> None:
         (("--bits", 5), "--bits: expected 4, 8 or 16; got 5"),
         (("--bits", 16), "method groupwise tunes quantised weights: expected bits 8 or 4, got None (--bits 16)"),
         (("--method", "full", "--bits", 4), "expected bits None (--bits 16), got 4"),
-        (("--hidden", 1, "--next-token", 1), "next_token and hidden: expected 0 without distillation"),
+        (
+            ("--hidden", 1, "--next-token", 1),
+            "next_token and hidden: expected 0 where nothing is distilled",
+        ),
         (("--objective", "distillation"), "expected teacher (--teacher), got none"),
         (("--held-out", "none.txt"), "no such file: none.txt"),
         (("--eval", "none.txt"), "no such file: none.txt"),
