@@ -68,9 +68,12 @@ def test_tuning_between_steps_brings_the_model_closer_to_the_dense_one() -> None
 
 def test_a_copy_leaves_the_dense_model_alone_and_text_that_is_short_is_repeated(monkeypatch) -> None:
     model, tuned, tune = tiny_model("qwen2", torch.float32), [], interleave.tune
-    monkeypatch.setattr(
-        interleave, "tune", lambda model, text, *rest: (tuned.append(text), tune(model, text, *rest))[1]
-    )
+
+    def noted(model, text, *rest):
+        tuned.append(text)
+        return tune(model, text, *rest)
+
+    monkeypatch.setattr(interleave, "tune", noted)
     before = model(ids(2)).logits
     done = pruned(recipe(), model, ids(10), copy=True)  # 24 sequences a step of 10
     assert done.model is not model and torch.equal(model(ids(2)).logits, before)
