@@ -44,7 +44,7 @@ def recover(
         typer.Option(help="How weights are quantised: to the nearest level, in searched ranges, or GPTQ."),
     ] = "gptq",
     rank: Annotated[
-        int, typer.Option(help="Of adapters: what LoRA or levels learn; zero points: at most their groups.")
+        int, typer.Option(help="Of what LoRA or levels learn; of zero points at most their groups.")
     ] = DEFAULT.rank,
     alpha: Annotated[float, typer.Option(help="Adapters are scaled by alpha / rank.")] = DEFAULT.alpha,
     levels: Annotated[bool, typer.Option(help="Of groupwise: learn levels too, not zero points alone.")] = True,
@@ -65,7 +65,7 @@ def recover(
     micro_batch: Annotated[int | None, typer.Option(help="Sequences at once, a divisor of --batch-size.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help=f"Of AdamW, at its largest. Default: {RATES}.")] = None,
     warmup: Annotated[
-        float, typer.Option(help="Share of the steps over which the learning rate rises.")
+        float, typer.Option(help="Share of the steps in which the learning rate rises.")
     ] = DEFAULT.warmup,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")
