@@ -8,18 +8,14 @@ Linears as checkpoints store them, against bf16.
 import copy
 from collections.abc import Iterator
 
-from torch import nn
-from transformers import PreTrainedModel
-
 import saap
 from benchmarks.common import SMALL_MODEL, Row
 from benchmarks.criteria import CALIBRATION, held_out, load_model
+from benchmarks.recovery import linear_bytes
 from benchmarks.tasks import run
 from saap.data import pack
 from saap.evaluate import perplexity
-from saap.families import family_of, layers_of
 from saap.quantise import ROUNDINGS
-from saap.quantised_linear import QuantisedLinear
 from saap.quantiser import GROUPS
 
 RATIOS = (0.2, 0.5)  # of the decoder layers' parameters
@@ -47,18 +43,7 @@ def measure(quick: bool) -> Iterator[Row]:
                     found = perplexity(made, tokenizer, [ids])
                     yield Row.compare(f"selection text, {kind}, {rounding} / bf16", found, plain, "ppl")
                 asked = LIMIT if (bits, group) == (4, 32) else ""
-                yield Row.compare(f"{kind} / bf16", megabytes(made), megabytes(pruned), "MB", asked)
-
-
-def megabytes(model: PreTrainedModel) -> float:
-    """Of the weights of the decoder layers' Linears, as a checkpoint stores them."""
-    total = 0
-    for module in layers_of(model, family_of(model)).modules():
-        if isinstance(module, QuantisedLinear):
-            total += sum(tensor.nbytes for tensor in module.stored().values())
-        elif isinstance(module, nn.Linear):
-            total += module.weight.nbytes
-    return total / 1e6
+                yield Row.compare(f"{kind} / bf16", linear_bytes(made) / 1e6, linear_bytes(pruned) / 1e6, "MB", asked)
 
 
 if __name__ == "__main__":

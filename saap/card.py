@@ -68,11 +68,12 @@ def model_card(model: PreTrainedModel, units: Units, plan: Plan | None, version:
     made = made or Made()
     tuned, name = bool(made.recovery), told_name(made.base) or units.family
     title = f"Recovered {name}" if tuned else f"Pruned {name}"
+    whole = tuned and plan is None and not _of_template(model)  # as far as anybody knows
+    tags = ["saap"] if whole else ["pruned", "saap"]
     parts = [
-        f"---\n{_metadata(title, made)}\n# license: left to you; that of the base model holds on\n---",
+        f"---\n{_metadata(title, made, tags)}\n# license: left to you; that of the base model holds on\n---",
         f"# {title}",
-        "A structurally pruned causal language model: whole KV groups, MLP channels or experts were removed with SAAP "
-        f"{version}{', and what is left was tuned on text' if tuned else ''}.",
+        _what(tuned, whole, version),
         _table(_sizes(model, units, plan)),
         *_making(plan, made),
         *_measured(made),
@@ -84,9 +85,23 @@ def model_card(model: PreTrainedModel, units: Units, plan: Plan | None, version:
     return "\n\n".join(parts) + "\n"
 
 
-def _metadata(title: str, made: Made) -> str:
+def _what(tuned: bool, whole: bool, version: str) -> str:
+    """The first sentence of a model that is ``whole`` unless it was pruned."""
+    if whole:
+        return f"A causal language model that was tuned on text with SAAP {version}."
+    return (
+        "A structurally pruned causal language model: whole KV groups, MLP channels or experts were removed with SAAP "
+        f"{version}{', and what is left was tuned on text' if tuned else ''}."
+    )
+
+
+def _of_template(model: PreTrainedModel) -> bool:
+    return type(model).__name__.startswith("Saap")
+
+
+def _metadata(title: str, made: Made, tags: list[str]) -> str:
     """The YAML that the hub reads."""
-    values: dict[str, Any] = {"tags": ["pruned", "saap"], "pipeline_tag": "text-generation"}
+    values: dict[str, Any] = {"tags": tags, "pipeline_tag": "text-generation"}
     values |= {"library_name": "transformers", "base_model": hub_name(made.base)}
     if made.data is not None and made.data.startswith(HUB_DATA):
         values["datasets"] = [made.data.removeprefix(HUB_DATA).partition(":")[0]]
@@ -184,7 +199,7 @@ def _loading(model: PreTrainedModel) -> str:
 
 def _serving(model: PreTrainedModel, units: Units) -> str:
     method = _quantisation(model).get("quant_method")
-    ours = type(model).__name__.startswith("Saap") or method == METHOD
+    ours = _of_template(model) or method == METHOD
     lines = [
         (f"saap serve {HERE}", "OpenAI's API on transformers: pip install 'saap[serve]'"),
         (f"vllm serve {HERE}", f"vLLM, {'with saap installed' if ours else 'a stock model'}"),

@@ -69,11 +69,19 @@ def save(
 
 
 def refuse_existing(path: Path, force: bool) -> None:
-    """Raise FileExistsError unless ``path`` is free, an empty directory, or may be replaced."""
+    """Raise FileExistsError unless ``path`` is free, an empty directory, or may be replaced, and can be made.
+
+    PermissionError where the directory that it would be in cannot be written to.
+    """
     if path.is_file():
         raise FileExistsError(f"{path} is a file; expected a directory to write")
     if path.is_dir() and any(path.iterdir()) and not force:
         raise FileExistsError(f"{path} exists already; use force (--force) to replace it")
+    above = next((each for each in path.absolute().parents if each.exists()), path)
+    if not above.is_dir():
+        raise FileExistsError(f"{above} is a file; expected a directory to write {path} in")
+    if not os.access(above, os.W_OK):
+        raise PermissionError(f"cannot write in {above}: expected a directory to write {path} in")
 
 
 def refuse_losing(out: str | os.PathLike[str], inputs: Mapping[str, Any]) -> None:

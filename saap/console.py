@@ -112,7 +112,7 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     for index, name in enumerate(header):
         table.add_column(name, justify="right" if index else "left", no_wrap=bool(index), overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console().print(table)
 
 

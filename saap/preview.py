@@ -70,8 +70,16 @@ def report_dry_run(preview: dict[str, Any], as_json: bool) -> None:
         console.print_json(preview)
         return
     for name, value in preview.items():
-        shown = (
-            f"{value / 2**20:,.1f} MiB" if name.endswith("bytes") else f"{value:,}" if isinstance(value, int) else value
-        )
-        print(f"{name.replace('_', ' ')}: {shown}")
-    print(f"nothing was done; {torch.get_num_threads()} threads would work")
+        print(f"{name.replace('_', ' ')}: {_shown(name, value)}")
+    threads = torch.get_num_threads()
+    print(f"nothing was done; {threads} {'thread' if threads == 1 else 'threads'} would work")
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name.endswith("bytes"):
+        return f"{value / 2**20:,.1f} MiB"
+    if isinstance(value, list):
+        return ", ".join(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)

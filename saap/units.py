@@ -191,15 +191,16 @@ def discover(model: PreTrainedModel, family: str | None = None, *, accelerated: 
     return Units(
         family=row.name,
         layers=described,
-        total_parameters=_elements(model),
-        block_parameters=_elements(layers),
+        total_parameters=elements(model),
+        block_parameters=elements(layers),
         fingerprint=fingerprint(model, row),
-        head_parameters=_elements(head),
+        head_parameters=elements(head),
         anchors=_anchors(model),
     )
 
 
-def _elements(module: nn.Module) -> int:
+def elements(module: nn.Module) -> int:
+    """Parameters, those of packed or quantised weights too."""
     return sum(p.numel() for p in module.parameters()) + held_elements(module)
 
 

@@ -11,17 +11,18 @@ from saap.data import FORMS
 from saap.preview import report_dry_run
 from saap.recovery.job import Job
 from saap.recovery.recover import HELD_OUT, settled
-from saap.recovery.settings import Settings
+from saap.recovery.settings import HIDDEN, LEARNING_RATES, MEASURED, Settings
 
 DEFAULT = Settings()
+RATES = ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
 Method = Literal["groupwise", "lora", "full"]
 METHOD = (
     "groupwise: quantise, and learn zero points, levels and norms, all merged exactly; lora: LoRA through peft, merged "
     "into 16-bit weights; full: every weight."
 )
 HELD = (
-    "Text that is evaluated while training, or the share of the sequences of --data that is, rounded to whole ones and "
-    "taken from their end, instead of being trained on; 0: none, and the last step's parameters are taken."
+    "Text to evaluate while training, whose best step's parameters are taken, or the share of the sequences of --data "
+    "(whole ones, from their end) to hold out for that; 0: none, and the last step's are taken."
 )
 
 
@@ -42,8 +43,10 @@ def recover(
         Literal["nearest", "clip", "gptq"],
         typer.Option(help="How weights are quantised: to the nearest level, in searched ranges, or GPTQ."),
     ] = "gptq",
-    rank: Annotated[int, typer.Option(help="Rank of what is learned.")] = DEFAULT.rank,
-    alpha: Annotated[float, typer.Option(help="What is learned is scaled by alpha / rank.")] = DEFAULT.alpha,
+    rank: Annotated[
+        int, typer.Option(help="Of what LoRA or levels learn; of zero points at most their groups.")
+    ] = DEFAULT.rank,
+    alpha: Annotated[float, typer.Option(help="Adapters are scaled by alpha / rank.")] = DEFAULT.alpha,
     levels: Annotated[bool, typer.Option(help="Of groupwise: learn levels too, not zero points alone.")] = True,
     norms: Annotated[bool, typer.Option(help="Of groupwise: learn the norms' weights too.")] = True,
     objective: Annotated[
@@ -54,16 +57,24 @@ def recover(
         int, typer.Option(help="Of distillation: the teacher's likeliest tokens, one by one; 0: all tokens.")
     ] = 64,
     next_token: Annotated[float, typer.Option(help="Of distillation: weight of the next-token loss beside it.")] = 0.0,
-    hidden: Annotated[float, typer.Option(help="Of distillation: weight of the distance of hidden states.")] = 16.0,
+    hidden: Annotated[
+        float | None,
+        typer.Option(help=f"Of distillation: weight of the distance of hidden states (default {HIDDEN:g})."),
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Times that the text is read.")] = DEFAULT.epochs,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on at most, repeated ones too.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = DEFAULT.seq_len,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = DEFAULT.batch_size,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences at once, a divisor of --batch-size.")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Of AdamW, at its largest. Default: by method, less for wider models.")
+        float | None,
+        typer.Option(
+            help=f"Of AdamW, at its largest. Default: {RATES}, times {MEASURED} / hidden size for wider models."
+        ),
     ] = None,
-    warmup: Annotated[float, typer.Option(help="Share of the steps over which it rises.")] = DEFAULT.warmup,
+    warmup: Annotated[
+        float, typer.Option(help="Share of the steps in which the learning rate rises.")
+    ] = DEFAULT.warmup,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")
     ] = False,
@@ -86,7 +97,7 @@ def recover(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Tune a pruned model on text: group-wise on quantised weights, by LoRA, or whole.
+    """Tune a pruned model on text: group-wise on quantised weights, by LoRA, or every weight.
 
     Checkpoints are kept in OUT.training until the model is saved, whole, in OUT. `torchrun --nproc-per-node N -m saap
     recover ...` trains on several devices.

@@ -21,13 +21,23 @@ from saap.evaluate import Evaluation, evaluate
 from saap.memory import weight_bytes
 from saap.opening import open_model, open_tokenizer
 from saap.plan import Plan
-from saap.recovery.recover import Recovered, Told, check_budget, check_folder, check_models, texts, tune
+from saap.recovery.recover import (
+    Recovered,
+    Told,
+    check_budget,
+    check_folder,
+    check_models,
+    learning_rate,
+    texts,
+    tune,
+)
 from saap.recovery.report import described_recovery, recovery_rows
 from saap.recovery.settings import Settings
-from saap.recovery.training_folder import PREFIX, SETTINGS, UNFINISHED, check_same_settings
+from saap.recovery.training_folder import PREFIX, SETTINGS, UNFINISHED
 from saap.recovery.training_text import TrainingText
 from saap.report import REPORT_FILE, drawn_into, shown_name
 from saap.stopwatch import Stopwatch
+from saap.units import elements
 
 TRAINING = ".training"  # behind the name of the model's directory: its checkpoints while it is trained
 OURS = (SETTINGS, PREFIX, UNFINISHED, f".{SETTINGS}")  # how the names begin of what is in such a folder
@@ -61,15 +71,15 @@ class Job:
 
     def check_files(self) -> None:
         """Everything that can be refused without loading a model."""
+        if not Path(self.folder).is_dir():
+            raise FileNotFoundError(f"no such model directory: {self.folder}")
         read = {"training text": self.data, "held-out text": self.held_out, "evaluation text": self.eval_text}
         refuse_losing(self.out, {"model": self.folder, "teacher": self.teacher} | read)
         refuse_existing(self.out, self.force)
         if self.force and not self.resume:
             _check_ours(self.training)
         else:
-            check_folder(self.training, self.resume)
-        if self.resume:
-            check_same_settings(self.training, self.settings.to_dict())
+            check_folder(self.training, self.resume, self.settings)
         for text in read.values():
             if isinstance(text, str):
                 load_documents(text)
@@ -98,8 +108,9 @@ class Job:
         """What ``run`` would do, after all that it checks before it trains."""
         model, _, _, text, kept = self._ready()
         steps = check_budget(text, self.settings)
-        return {name: value for name, value in self.settings.to_dict().items() if value is not None} | {
-            "parameters": model.num_parameters(),
+        settings = self.settings.to_dict() | {"learning_rate": learning_rate(model, self.settings)}
+        return {name: value for name, value in settings.items() if value is not None} | {
+            "parameters": elements(model),
             "weight_bytes": weight_bytes(model),
             "sequences": len(text),
             "held_out_sequences": 0 if kept is None else len(kept),
@@ -114,8 +125,12 @@ class Job:
         with console.screen.status("loading"):
             model, tokenizer, teacher = self._open()
         check_models(model, teacher, self.settings)
-        if tokenizer is not None:
-            check_tokenizer(model, tokenizer)
+        if tokenizer is None:
+            raise ValueError(
+                f"expected a tokenizer in {self.folder}, found none: copy the dense model's into it, or give "
+                "--teacher, whose tokenizer serves too"
+            )
+        check_tokenizer(model, tokenizer)
         text, kept = texts(model, tokenizer, self.data, self.held_out, self.settings)
         check_budget(text, self.settings)
         return model, tokenizer, teacher, text, kept

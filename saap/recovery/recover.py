@@ -19,8 +19,9 @@ from saap.families import family_of
 from saap.packed_mlp import is_accelerated
 from saap.quantised_linear import is_quantised
 from saap.quantiser import SaapConfig
-from saap.recovery.settings import Settings
-from saap.recovery.training_folder import check_same_settings, kept_if_it_fails
+from saap.recovery.distillation import check_teacher
+from saap.recovery.settings import HIDDEN, Settings, default_learning_rate
+from saap.recovery.training_folder import kept_if_it_fails, refuse_differences
 from saap.recovery.training_text import TrainingText, pack_to_train
 from saap.refuse import refuse_meta, refuse_nonfinite_weights, refuse_unsupported
 from saap.stopwatch import Stopwatch
@@ -97,12 +98,10 @@ def recover(
     check_models(model, teacher, wanted)
     if tokenizer is not None:
         check_tokenizer(model, tokenizer)
-    check_folder(folder, resume)
+    check_folder(folder, resume, wanted)
     text, kept = texts(model, tokenizer, data, held_out, wanted)
     check_budget(text, wanted)
     with kept_if_it_fails() if folder is None else nullcontext(folder) as checkpoints:
-        if resume:
-            check_same_settings(Path(checkpoints), wanted.to_dict())
         return tune(model, text, kept, wanted, teacher, checkpoints, resume, Told(progress, said, stage))
 
 
@@ -118,7 +117,14 @@ def settled(settings: dict[str, Any], has_teacher: bool) -> Settings:
         objective = "distillation" if has_teacher else "next_token"
     if objective == "distillation" and not has_teacher:
         raise ValueError("objective distillation follows a dense teacher: expected teacher (--teacher), got none")
-    return replace(wanted, objective=objective)
+    weights = [name for name in ("next_token", "hidden") if getattr(wanted, name)]  # one that is None is not asked for
+    if objective == "next_token" and weights:
+        raise ValueError(
+            f"{' and '.join(weights)}: expected 0 where nothing is distilled; "
+            + ("objective next_token leaves the teacher alone" if has_teacher else "there is no teacher (--teacher)")
+        )
+    hidden = (HIDDEN if objective == "distillation" else 0.0) if wanted.hidden is None else wanted.hidden
+    return replace(wanted, objective=objective, hidden=hidden)
 
 
 def check_models(model: PreTrainedModel, teacher: PreTrainedModel | None, settings: Settings) -> None:
@@ -155,17 +161,7 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, settings: S
         except ValueError as error:
             raise ValueError(f"teacher: {error}") from error
     _check_positions(teacher, "the teacher", settings.seq_len)
-    if teacher.config.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"teacher: expected the model's vocabulary of {model.config.vocab_size} tokens, got one of "
-            f"{teacher.config.vocab_size}"
-        )
-    if settings.hidden:
-        for name in ("num_hidden_layers", "hidden_size"):
-            theirs, mine = getattr(teacher.config, name), getattr(model.config, name)
-            if theirs != mine:
-                raise ValueError(f"hidden compares states layer by layer: expected a teacher of {name} {mine}, "
-                                 f"got {theirs}")  # fmt: skip
+    check_teacher(model, teacher, hidden=(settings.hidden or 0.0) if settings.objective == "distillation" else 0.0)
 
 
 def _check_positions(model: PreTrainedModel, name: str, seq_len: int) -> None:
@@ -178,17 +174,21 @@ def _check_quantised(model: PreTrainedModel, settings: Settings) -> None:
     found = model.config.quantization_config
     found = SaapConfig(**found) if isinstance(found, dict) else found
     if settings.bits is None:
+        other = "" if settings.method == "full" else f"bits {found.bits} (--bits), or "
         raise ValueError(
-            f"the model is quantised ({found}), which method {settings.method} with bits None does not tune: give bits "
-            f"{found.bits} (--bits), or the model that it was made from"
+            f"the model is quantised ({found}), which method {settings.method} with bits None does not tune: give "
+            f"{other}the model that it was made from"
         )
     if (settings.bits, settings.group_size) != (found.bits, found.group_size):
         asked = f"int{settings.bits} in groups of {settings.group_size}"
-        raise ValueError(f"the model is quantised already: expected settings of {found}, got {asked}")
+        raise ValueError(
+            f"the model is quantised already: expected settings of {found} (--bits {found.bits} --group-size "
+            f"{found.group_size}), got {asked}"
+        )
 
 
-def check_folder(folder: str | os.PathLike[str] | None, resume: bool) -> None:
-    """Raise unless ``folder`` is free for checkpoints, or holds those to go on from."""
+def check_folder(folder: str | os.PathLike[str] | None, resume: bool, settings: Settings) -> None:
+    """Raise unless ``folder`` is free for checkpoints, or holds those of a training by ``settings`` to go on from."""
     if folder is None:
         if resume:
             raise ValueError("resume goes on from the checkpoints of a folder: expected folder, got none")
@@ -201,6 +201,7 @@ def check_folder(folder: str | os.PathLike[str] | None, resume: bool) -> None:
     if resume:
         if not path.is_dir():
             raise FileNotFoundError(f"no training to go on from: there is no {path}; start without resume (--resume)")
+        refuse_differences(path, {"settings": settings.to_dict()})
     elif path.is_dir() and any(path.iterdir()) and int(os.environ.get("RANK", "0")) == 0:
         raise FileExistsError(
             f"{path} holds an earlier training: go on with resume (--resume), or use force (--force) to start anew"
@@ -268,15 +269,24 @@ def tune(
         attached = attach(model, settings)
         told.begin("training")
         with watch("train"):
-            history = train(
-                attached.model, text, held_out, settings, folder=Path(kept), teacher=teacher, resume=resume,
-                progress=told.progress, said=told.said,
-            )  # fmt: skip
+            try:
+                history = train(
+                    attached.model, text, held_out, settings, folder=Path(kept), teacher=teacher, resume=resume,
+                    progress=told.progress, said=told.said,
+                )  # fmt: skip
+            except KeyboardInterrupt as interrupt:  # what says how to go on, of a folder that stays
+                raise KeyboardInterrupt(*(() if folder is None else interrupt.args)) from None
         with watch("merge"):
             done = attached.finish().eval()
     if plan is not None:
         object.__setattr__(done, PLAN_ATTRIBUTE, plan)
+    settings = replace(settings, learning_rate=learning_rate(done, settings))
     return Recovered(done, settings, history, len(text), 0 if held_out is None else len(held_out), watch.seconds)
+
+
+def learning_rate(model: PreTrainedModel, settings: Settings) -> float:
+    """The one that ``model`` is trained with."""
+    return settings.learning_rate or default_learning_rate(settings.method, model.config.hidden_size)
 
 
 def _quantise(model: PreTrainedModel, text: TrainingText, settings: Settings, progress: Progress | None) -> None:

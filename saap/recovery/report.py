@@ -16,21 +16,29 @@ OBJECTIVE = {"next_token": "next-token loss", "distillation": "KL divergence"}
 def recovery_rows(found: Recovered, teacher: str | None) -> dict[str, str]:
     """{what: how} of a recovery, for a card and for people."""
     settings, history = found.settings, found.history
-    text = f"{found.sequences:,} sequences of {settings.seq_len} tokens, {found.held_out:,} more held out"
+    text = f"{found.sequences:,} sequences of {settings.seq_len} tokens"
+    text += f", {found.held_out:,} more held out" if found.held_out else ", none held out"
     rows = {"recovery": _method(settings), "training text": text}
     rows["tokens trained on"] = f"{history.tokens:,} in {len(history.losses):,} steps"
     if settings.bits is not None:
         rounded = f"rounded by {settings.rounding}" if "quantise" in found.timings else "as it came"
         stored = f"int{settings.bits} in groups of {settings.group_size}, {rounded}"
-        rows["weights"] = stored if settings.method == "groupwise" else f"trained on {stored}, merged into 16 bits"
+        merged = f"trained on {stored}, merged into {_dtype(found.model)} weights"
+        rows["weights"] = stored if settings.method == "groupwise" else merged
     rows["objective"] = _objective(settings, teacher)
     evaluated = {each.step: each.loss for each in history.evaluations}
     if history.best in evaluated:
-        ended = ", stopped early" if history.stopped_early else ""
-        rows["held-out loss"] = (
-            f"{evaluated[history.best]:.4f} after step {history.best}, the best, which was taken{ended}"
-        )
+        rows["held-out loss"] = _held_out(evaluated, history.best, history.stopped_early)
     return rows
+
+
+def _held_out(evaluated: dict[int, float], best: int, stopped_early: bool) -> str:
+    """What came of training on other text, in next-token loss by step; step 0 is before it."""
+    ended = ", stopped early" if stopped_early else ""
+    if best == 0:
+        return f"{evaluated[0]:.4f} before training, which no step made better: nothing learned was kept{ended}"
+    before = f" ({evaluated[0]:.4f} before training)" if 0 in evaluated else ""
+    return f"{evaluated[best]:.4f} after step {best}{before}, the best, which was taken{ended}"
 
 
 def _method(settings: Settings) -> str:
@@ -78,9 +86,13 @@ def described_recovery(
         evaluations=[(row, {**each.to_dict(), "against": None}) for row, each in rows],
         settings=sections,
         timings=timings,
-        environment=environment(model.device) | {"dtype": str(model.dtype).removeprefix("torch.")},
+        environment=environment(model.device) | {"dtype": _dtype(model)},
         made=now(),
     )
+
+
+def _dtype(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _widths(plan: Plan) -> list[Widths]:

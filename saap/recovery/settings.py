@@ -10,6 +10,7 @@ OBJECTIVES = ("auto", "distillation", "next_token")
 ROUNDINGS = ("nearest", "clip", "gptq")
 LEARNING_RATES = {"groupwise": 1e-2, "lora": 1e-2, "full": 1e-3}  # of a model whose hidden states are MEASURED wide
 MEASURED = 256
+HIDDEN = 16.0
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Settings:
     ``rank`` and ``alpha``; with ``norms`` the weights of norms learn too. "lora" is LoRA through peft, on weights as
     they are (``bits`` None) or quantised; "full" trains every weight.
     ``objective`` "distillation" follows a dense teacher: over its ``top_k`` likeliest tokens (None: all), plus
-    ``next_token`` times the next-token loss, plus ``hidden`` times the distance of hidden states; "next_token" follows
-    the text alone; "auto" is distillation where there is a teacher.
+    ``next_token`` times the next-token loss, plus ``hidden`` (None: ``HIDDEN``) times the distance of hidden states;
+    "next_token" follows the text alone; "auto" is distillation where there is a teacher.
     Text is packed into sequences of ``seq_len``, ``batch_size`` of them a step in micro-batches of ``micro_batch``
     (None: all at once); training ends after ``epochs`` of it or ``tokens``, whichever is less (None: no limit by it).
     AdamW; the ``learning_rate`` (None: ``default_learning_rate``) rises over the share ``warmup`` of the steps and
@@ -43,7 +44,7 @@ class Settings:
     objective: str = "auto"
     top_k: int | None = 64
     next_token: float = 0.0
-    hidden: float = 16.0
+    hidden: float | None = None
     seq_len: int = 512
     batch_size: int = 8
     micro_batch: int | None = None
@@ -61,9 +62,9 @@ class Settings:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.method == "groupwise" and self.bits is None:
-            raise ValueError("method groupwise tunes quantised weights: expected bits 8 or 4, got None")
+            raise ValueError("method groupwise tunes quantised weights: expected bits 8 or 4, got None (--bits 16)")
         if self.method == "full" and self.bits is not None:
-            raise ValueError(f"method full trains every weight as it is: expected bits None, got {self.bits}")
+            raise ValueError(f"method full trains plain weights: expected bits None (--bits 16), got {self.bits}")
         if self.bits is not None:
             check_bits(self.bits, self.group_size)
         for name in ("rank", "batch_size", "seq_len", "micro_batch", "tokens", "evaluate_every", "patience", "top_k"):
@@ -76,14 +77,16 @@ class Settings:
             raise ValueError(f"seed: expected an integer from 0 to 2^32 - 1, got {self.seed!r}")
         for name in ("alpha", "epochs", "learning_rate", "next_token", "hidden", "warmup"):
             value = getattr(self, name)
-            if isinstance(value, bool | str) or not isinstance(value, int | float | None):
+            if value is None and name in ("learning_rate", "hidden"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"{name}: expected a number, got {value!r}")
         for name in ("alpha", "epochs", "learning_rate"):
             value = getattr(self, name)
             if not (value is None and name == "learning_rate") and not 0 < value < float("inf"):
                 raise ValueError(f"{name}: expected a positive number, got {value!r}")
         for name in ("next_token", "hidden"):
-            if not 0 <= getattr(self, name) < float("inf"):
+            if not 0 <= (getattr(self, name) or 0.0) < float("inf"):
                 raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)!r}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup: expected a share of the steps in [0, 1), got {self.warmup!r}")
@@ -108,4 +111,4 @@ def default_learning_rate(method: str, hidden_size: int) -> float:
     Rates of Adam fall with the width in that proportion in the maximal update parametrisation (Yang et al. 2022,
     arXiv 2203.03466, table 3); here they were measured at ``MEASURED`` alone.
     """
-    return LEARNING_RATES[method] * MEASURED / hidden_size
+    return LEARNING_RATES[method] * min(1.0, MEASURED / hidden_size)

@@ -20,7 +20,7 @@ from saap.distributed import check_agreement, gathered, on_first_rank, process_g
 from saap.recovery.distillation import Distillation, Objective, causal_lm, check_teacher
 from saap.recovery.fingerprint import frozen_fingerprint, weights_fingerprint
 from saap.recovery.schedule import Schedule, order_of
-from saap.recovery.settings import Settings, default_learning_rate
+from saap.recovery.settings import HIDDEN, Settings, default_learning_rate
 from saap.recovery.training_folder import PREFIX, Record, last_checkpoint, learned, open_folder, restore_learned
 from saap.recovery.training_text import TrainingText
 
@@ -92,7 +92,7 @@ def train(
             return _trained(model, text, held_out, settings, schedule, distillation, target, checkpoint, progress, said)
         except KeyboardInterrupt:
             last = last_checkpoint(target)
-            kept = f"resume the training in {target}: it goes on from {last.name}" if last else "nothing is lost"
+            kept = f"resume (--resume) goes on from {last.name} in {target}" if last else "nothing is lost"
             raise KeyboardInterrupt(f"interrupted; {kept}") from None
 
 
@@ -120,8 +120,9 @@ def _distillation(model: nn.Module, teacher: nn.Module | None, settings: Setting
         raise ValueError("objective distillation: expected a teacher, got none")
     if teacher is None or settings.objective == "next_token":
         return None
-    check_teacher(model, teacher, hidden=settings.hidden)
-    return Distillation(teacher, settings.top_k, settings.next_token, settings.hidden)
+    hidden = HIDDEN if settings.hidden is None else settings.hidden
+    check_teacher(model, teacher, hidden=hidden)
+    return Distillation(teacher, settings.top_k, settings.next_token, hidden)
 
 
 def _record(

@@ -73,14 +73,17 @@ def open_folder(folder: Path, record: Record, resume: bool) -> Path | None:
             raise FileExistsError(f"{folder} exists already: resume the training in it, or remove it to start anew")
         write_atomically(folder / SETTINGS, json.dumps(record, indent=2) + "\n")
         return None
-    _refuse_changes(folder, _read_record(folder), record)
+    refuse_differences(folder, record)
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     return last_checkpoint(folder)
 
 
-def check_same_settings(folder: Path, settings: Record) -> None:
-    """What ``open_folder`` would refuse of the settings of a resume, before a model is loaded, let alone quantised."""
-    _refuse_changes(folder, {"settings": _read_record(folder).get("settings", {})}, {"settings": settings})
+def refuse_differences(folder: Path, record: Record) -> None:
+    """As ``open_folder`` when a run is resumed; a ``record`` of some things is compared by those alone."""
+    old = _read_record(folder)
+    changed = differences({name: old.get(name, "nothing") for name in record}, json.loads(json.dumps(record)))
+    if changed:
+        raise ValueError(f"cannot resume the training in {folder}, which was another one: {'; '.join(changed)}")
 
 
 def _read_record(folder: Path) -> Record:
@@ -93,12 +96,6 @@ def _read_record(folder: Path) -> Record:
     if not isinstance(record, dict):
         raise ValueError(f"{folder / SETTINGS}: expected an object that describes a training, got {record!r:.40}")
     return record
-
-
-def _refuse_changes(folder: Path, old: Record, new: Record) -> None:
-    changed = differences(old, json.loads(json.dumps(new)))
-    if changed:
-        raise ValueError(f"cannot resume the training in {folder}, which was another one: {'; '.join(changed)}")
 
 
 def differences(old: Record, new: Record, within: str = "") -> list[str]:

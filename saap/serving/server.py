@@ -15,6 +15,7 @@ from saap.accelerate import accelerate as accelerate_model
 from saap.checkpoint_files import check_directory
 from saap.data import check_tokenizer
 from saap.opening import open_model, open_tokenizer
+from saap.units import elements
 
 if TYPE_CHECKING:
     from saap.serving.server_app import Served
@@ -129,7 +130,7 @@ def _greeting(served: "Served", host: str, port: int) -> str:
     url = f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
     routes = "completions and chat" if served.tokenizer.chat_template else "completions; no chat template"
     lines = [
-        f"serving {served.name} ({_described(served.model)}) at {url}/v1",
+        f"serving {served.name} ({described(served.model)}) at {url}/v1",
         *_remarks(served.model, host),
         f"""  curl {url}/v1/completions -H 'Content-Type: application/json' \\""",
         f"""    -d '{{"model": "{served.name}", "prompt": "Hello", "max_tokens": 16}}'""",
@@ -139,9 +140,9 @@ def _greeting(served: "Served", host: str, port: int) -> str:
     return "\n".join(lines)
 
 
-def _described(model: PreTrainedModel) -> str:
+def described(model: PreTrainedModel) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
-    return f"{type(model).__name__}, {model.num_parameters():,} parameters, {dtype} on {model.device.type}"
+    return f"{type(model).__name__}, {elements(model):,} parameters, {dtype} on {model.device.type}"
 
 
 def _remarks(model: PreTrainedModel, host: str) -> Iterator[str]:

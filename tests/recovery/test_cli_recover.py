@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from tokenizers import models
 
 import saap
@@ -80,6 +81,8 @@ def test_a_teacher_must_have_the_models_vocabulary_and_lends_its_tokenizer(workp
     assert "--teacher: expected the vocabulary of" in refused.stderr
     saap.save(saap.load(workplace / "pruned"), tmp_path / "bare")
     arguments = ("--data", workplace / "text.txt", "--teacher", workplace / "dense", *SMALL, "--epochs", 0.3)
+    alone = run("recover", tmp_path / "bare", *arguments[:2], *SMALL, "--out", tmp_path / "out", code=2)
+    assert f"expected a tokenizer in {tmp_path / 'bare'}, found none" in alone.stderr
     run("recover", tmp_path / "bare", *arguments, "--objective", "next_token", "--out", tmp_path / "out")
     assert (tmp_path / "out/tokenizer.json").is_file() and "| objective | next token |" in card(tmp_path / "out").text
 
@@ -88,9 +91,23 @@ def test_a_quantised_directory_is_tuned_as_it_is(workplace, tmp_path) -> None:
     run("export", workplace / "pruned", "--quantised", "int8", "--group-size", 64, "--out", tmp_path / "q")
     arguments = ("--data", workplace / "text.txt", *SMALL, "--epochs", 0.3, "--group-size", 64)
     refused = run("recover", tmp_path / "q", *arguments, "--out", tmp_path / "out", code=2)
-    assert "expected settings of int8 in groups of 64, got int4 in groups of 64" in refused.stderr
-    told = run("recover", tmp_path / "q", *arguments, "--bits", 8, "--out", tmp_path / "out").stdout
+    assert (
+        "expected settings of int8 in groups of 64 (--bits 8 --group-size 64), got int4 in groups of 64"
+        in refused.stderr
+    )
+    asked = (*arguments, "--bits", 8, "--out", tmp_path / "out")
+    dry = json.loads(run("recover", tmp_path / "q", *asked, "--dry-run", "--json").stdout)
+    assert dry["parameters"] == saap.load(workplace / "pruned").num_parameters()  # quantised weights too
+    told = run("recover", tmp_path / "q", *asked).stdout
     assert "int8 in groups of 64, as it came" in told and saap.load(tmp_path / "out").is_quantized
+
+
+def test_a_dense_models_card_does_not_call_it_pruned(workplace, tmp_path) -> None:
+    arguments = ("--data", workplace / "text.txt", *SMALL, "--epochs", 0.3, "--held-out", 0)
+    run("recover", workplace / "dense", *arguments, "--out", tmp_path / "[b]out[/i]")  # no markup
+    found = ModelCard.load(tmp_path / "[b]out[/i]/README.md")
+    assert "pruned" not in found.text.lower() and found.data.tags == ["saap"]
+    assert "tuned on text with SAAP" in found.text and ", none held out |" in found.text
 
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(workplace, tmp_path) -> None:
@@ -99,7 +116,9 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(workplace, tmp_path)
     assert (found["steps"], found["tokens"]) == (7, 448) and found["objective"] == "next_token"
     assert found["sequences"] * 16 >= 448 and found["held_out_sequences"] == 2  # of 34, for 542 tokens
     assert list(tmp_path.iterdir()) == []
-    assert "nothing was done" in recover(workplace, "--out", tmp_path / "out", "--dry-run").stdout
+    assert found["learning_rate"] == 0.005
+    told = recover(workplace, "--out", tmp_path / "out", "--dry-run").stdout
+    assert "nothing was done" in told and "\nlevels: yes\n" in told and f"\noutputs: {tmp_path / 'out'}\n" in told
     refused = recover(workplace, "--out", tmp_path / "out", "--dry-run", "--rank", 99, code=2)
     assert "rank: expected at most" in refused.stderr
 
@@ -113,7 +132,12 @@ def test_bits_16_are_none(workplace, tmp_path) -> None:
     ("arguments", "message"),
     [
         (("--bits", 5), "--bits: expected 4, 8 or 16; got 5"),
-        (("--bits", 16), "method groupwise tunes quantised weights"),
+        (("--bits", 16), "method groupwise tunes quantised weights: expected bits 8 or 4, got None (--bits 16)"),
+        (("--method", "full", "--bits", 4), "expected bits None (--bits 16), got 4"),
+        (
+            ("--hidden", 1, "--next-token", 1),
+            "next_token and hidden: expected 0 where nothing is distilled",
+        ),
         (("--objective", "distillation"), "expected teacher (--teacher), got none"),
         (("--held-out", "none.txt"), "no such file: none.txt"),
         (("--eval", "none.txt"), "no such file: none.txt"),
@@ -134,8 +158,15 @@ def test_outputs_are_refused_before_anything_is_loaded(workplace, tmp_path, monk
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("")
     assert "exists already" in recover(workplace, "--out", tmp_path / "out", code=2).stderr
+    nothing = run("recover", "nothing", "--data", workplace / "text.txt", "--out", tmp_path / "new", code=2)
+    assert "no such model directory: nothing" in nothing.stderr  # and nobody asks the hub
     itself = recover(workplace, "--out", workplace / "pruned", "--force", code=2)
     assert "is the model itself" in itself.stderr
+    inside = recover(workplace, "--out", workplace / "text.txt/new/out", code=2)
+    assert "text.txt is a file; expected a directory to write" in inside.stderr
+    with monkeypatch.context() as patched:
+        patched.setattr("saap.checkpoint.os.access", lambda path, mode: Path(path) != tmp_path)
+        assert f"cannot write in {tmp_path}: " in recover(workplace, "--out", tmp_path / "a/b", code=2).stderr
     for option in ("--teacher", "--held-out", "--eval"):
         (tmp_path / "inputs").mkdir(exist_ok=True)
         (tmp_path / "inputs/text.txt").write_text("abc")
@@ -164,10 +195,10 @@ def test_a_failed_save_keeps_the_training_and_resume_goes_on_from_it(workplace, 
         patched.setattr("saap.recovery.job.save", full)
         assert "No space left" in recover(workplace, "--out", tmp_path / "out", code=2).stderr
     assert [each.name for each in tmp_path.iterdir()] == ["out.training"]
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched:  # before anything is loaded, and not one line for every tensor
         patched.setattr("saap.recovery.job.open_model", lambda *_: pytest.fail("loaded"))
         refused = recover(workplace, "--out", tmp_path / "out", "--resume", "--rank", 1, code=2)
-        assert "settings.rank: 2 -> 1" in refused.stderr
+    assert refused.stderr.endswith("out.training, which was another one: settings.rank: 2 -> 1\n")
     recover(workplace, "--out", tmp_path / "out", "--resume")
     recover(workplace, "--out", tmp_path / "again")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["again", "out"]

@@ -111,6 +111,14 @@ def test_checkpoints_stay_in_a_folder_that_is_given(tmp_path) -> None:
         recovered(folder=tmp_path / "training", epochs=1.0)
 
 
+def test_an_interrupt_says_how_to_go_on_from_a_folder(tmp_path) -> None:
+    def stop(step: int, loss: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match=r"resume \(--resume\) goes on from checkpoint-0 in .*training$"):
+        recovered(folder=tmp_path / "training", said=stop)
+
+
 def test_temporary_checkpoints_stay_where_training_fails(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
@@ -118,7 +126,7 @@ def test_temporary_checkpoints_stay_where_training_fails(tmp_path, monkeypatch) 
         if step == 4:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt, match="it goes on from checkpoint-3"):
+    with pytest.raises(KeyboardInterrupt, match=r"goes on from checkpoint-3 in"):
         recovered(epochs=1.0, evaluate_every=1, said=spoil)
     (kept,) = tmp_path.glob("saap-recover-*")
     straight = recovered(epochs=1.0, evaluate_every=1)
@@ -198,10 +206,10 @@ def test_what_does_not_fit_is_refused_with_nothing_changed(spoil, options: dict,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 4}, "already: expected settings of int8 in groups of 64, got int4 in groups of 32"),
-        ({"bits": 8}, "already: expected settings of int8 in groups of 64, got int8 in groups of 32"),
+        ({"bits": 4}, "settings of int8 in groups of 64 .--bits 8 --group-size 64., got int4 in groups of 32"),
+        ({"bits": 8}, "settings of int8 in groups of 64 .--bits 8 --group-size 64., got int8 in groups of 32"),
         ({"method": "lora"}, "which method lora with bits None does not tune: give bits 8"),
-        ({"method": "full"}, "which method full with bits None does not tune"),
+        ({"method": "full"}, "which method full with bits None does not tune: give the model that it was"),
     ],
 )
 def test_a_quantised_model_must_be_what_the_settings_say(options: dict, message: str) -> None:
@@ -213,9 +221,9 @@ def test_a_quantised_model_must_be_what_the_settings_say(options: dict, message:
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"vocab_size": 66}, {}, "teacher: expected the model's vocabulary of 64 tokens, got one of 66"),
+        ({"vocab_size": 66}, {}, "expected a teacher of the model's vocabulary of 64 tokens, got one of 66"),
         ({"max_position_embeddings": 12}, {}, "at most the 12 positions of the teacher, got 16"),
-        ({"num_hidden_layers": 2}, {"hidden": 1.0}, "expected a teacher of num_hidden_layers 3, got 2"),
+        ({"num_hidden_layers": 2}, {"hidden": 1.0}, "expected a teacher with num_hidden_layers 3, got 2"),
     ],
 )
 def test_a_teacher_must_fit_the_model(changes: dict, options: dict, message: str) -> None:

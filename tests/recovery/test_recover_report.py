@@ -136,7 +136,16 @@ def test_rows_say_what_was_learned_of_what() -> None:
     rows = recovery_rows(plain, None)
     assert "weights" not in rows and rows["recovery"] == "LoRA, rank 16, alpha 16, merged"
     assert rows["objective"] == "distillation from the dense model over all tokens + 0.5 x hidden states"
-    assert "merged into 16 bits" in recovery_rows(recovered(method="lora", bits=8), None)["weights"]
+    assert "merged into float32 weights" in recovery_rows(recovered(method="lora", bits=8), None)["weights"]
+
+
+def test_rows_say_whether_training_helped() -> None:
+    found = recovered()
+    found.history.evaluations.insert(0, SimpleNamespace(step=0, loss=3.5))
+    assert "after step 20 (3.5000 before training), the best" in recovery_rows(found, None)["held-out loss"]
+    found.history.best, found.history.stopped_early = 0, True
+    told = recovery_rows(found, None)["held-out loss"]
+    assert told == "3.5000 before training, which no step made better: nothing learned was kept, stopped early"
 
 
 def test_a_drawing_that_fails_costs_no_model(tmp_path) -> None:

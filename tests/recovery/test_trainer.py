@@ -245,7 +245,7 @@ def test_an_interrupt_passes_and_says_how_to_go_on(tmp_path):
         if step == 6:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt, match="resume the training in .*run: it goes on from checkpoint-4"):
+    with pytest.raises(KeyboardInterrupt, match="resume .--resume. goes on from checkpoint-4 in .*run"):
         train(learner(), some_text(), None, some_settings(), folder=tmp_path / "run", said=said)
 
 
@@ -285,5 +285,7 @@ def test_settings_name_what_is_wrong():
 
 
 def test_default_learning_rate_falls_with_the_width():
-    assert default_learning_rate("groupwise", 256) == LEARNING_RATES["groupwise"]
+    assert (
+        default_learning_rate("groupwise", 256) == default_learning_rate("groupwise", 64) == LEARNING_RATES["groupwise"]
+    )
     assert default_learning_rate("lora", 4096) == pytest.approx(LEARNING_RATES["lora"] / 16)

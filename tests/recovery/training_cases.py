@@ -32,6 +32,6 @@ def some_text(sequences: int = 20, seed: int = 0, gaps: bool = True) -> Training
 def some_settings(**changes) -> Settings:
     values = {
         "method": "full", "bits": None, "seq_len": SEQ_LEN, "batch_size": 4, "learning_rate": 1e-2,
-        "epochs": 2.4, "evaluate_every": 4, "warmup": 0.2,
+        "epochs": 2.4, "evaluate_every": 4, "warmup": 0.2, "hidden": 0.0,
     }  # fmt: skip
     return Settings(**(values | changes))

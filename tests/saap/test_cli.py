@@ -105,7 +105,7 @@ def test_doctor_says_what_is_faster_for_a_model(tmp_path) -> None:
     assert all(each["choice"] in ("saap", "library") and each["kernel_seconds"] > 0 for each in found)
 
 
-@pytest.mark.parametrize("command", ["prune", "calibrate", "plan", "eval", "info", "compare", "doctor"])
+@pytest.mark.parametrize("command", ["prune", "calibrate", "plan", "recover", "eval", "info", "compare", "doctor"])
 def test_every_command_teaches(command: str) -> None:
     text = run(command, "--help").stdout
     assert "Example" in text or command == "doctor"

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers.cli.serving.utils import get_response_template
 
-from saap.serving.server import open_served
+import saap
+from saap.serving.server import described, open_served
 from saap.serving.server_app import Served, build_app
 from tests.saap.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from tests.serving.running import CONTEXT, MESSAGES, running, saved
@@ -28,6 +29,12 @@ def of_chat(served: Served) -> torch.Tensor:
     return served.tokenizer.apply_chat_template(
         MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )["input_ids"]
+
+
+def test_a_quantised_model_has_the_parameters_that_its_weights_stand_for() -> None:
+    model = tiny_model("llama", torch.float32)
+    whole = f"LlamaForCausalLM, {model.num_parameters():,} parameters, float32 on cpu"
+    assert described(model) == described(saap.quantise(model, bits=4)) == whole
 
 
 @pytest.mark.parametrize("family", FAMILIES)
