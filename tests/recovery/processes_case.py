@@ -128,7 +128,7 @@ def stopped_after_six(action) -> None:
         log(self, logs, start_time)
 
     training_loop.RecoveryTrainer.log = hooked
-    assert "it goes on from checkpoint-4" in refused(action)
+    assert "goes on from checkpoint-4" in refused(action)
     training_loop.RecoveryTrainer.log = log
 
 
