@@ -50,6 +50,7 @@ def preview(job: Job, model: PreTrainedModel) -> dict[str, Any]:
         "available_bytes": available_bytes(device),
         "resource": _resource(job).unit,
         "would_remove": {f"{r:g}": _share(job, units, r) for r in job.ratios},
+        **({"recover_tokens": job.recover_tokens} if job.recover_tokens else {}),
         "outputs": [str(path) for path in job.targets().values()],
     }
 
@@ -82,4 +83,6 @@ def _shown(name: str, value: Any) -> str:
         return f"{value / 2**20:,.1f} MiB"
     if isinstance(value, list):
         return ", ".join(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_shown(name, each)}" for key, each in value.items())
     return f"{value:,}" if isinstance(value, int) else str(value)

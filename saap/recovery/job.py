@@ -73,6 +73,8 @@ class Job:
         """Everything that can be refused without loading a model."""
         if not Path(self.folder).is_dir():
             raise FileNotFoundError(f"no such model directory: {self.folder}")
+        if self.teacher is not None and Path(self.teacher).resolve() == Path(self.folder).resolve():
+            raise ValueError(f"--teacher: expected the dense model, got the one to tune itself: {self.teacher}")
         read = {"training text": self.data, "held-out text": self.held_out, "evaluation text": self.eval_text}
         refuse_losing(self.out, {"model": self.folder, "teacher": self.teacher} | read)
         refuse_existing(self.out, self.force)

@@ -160,6 +160,8 @@ def test_outputs_are_refused_before_anything_is_loaded(workplace, tmp_path, monk
     assert "exists already" in recover(workplace, "--out", tmp_path / "out", code=2).stderr
     nothing = run("recover", "nothing", "--data", workplace / "text.txt", "--out", tmp_path / "new", code=2)
     assert "no such model directory: nothing" in nothing.stderr  # and nobody asks the hub
+    own = recover(workplace, "--teacher", workplace / "pruned", "--out", tmp_path / "new", code=2)
+    assert "expected the dense model, got the one to tune itself" in own.stderr
     itself = recover(workplace, "--out", workplace / "pruned", "--force", code=2)
     assert "is the model itself" in itself.stderr
     inside = recover(workplace, "--out", workplace / "text.txt/new/out", code=2)

@@ -84,10 +84,12 @@ def test_eval_compares_two_models(workplace, tmp_path) -> None:
 
 
 def test_dry_run_does_nothing_but_tell(workplace, tmp_path) -> None:
-    result = prune(workplace, "--ratio", 0.2, "--out", tmp_path / "out", "--dry-run")
+    result = prune(workplace, "--ratio", 0.2, "--out", tmp_path / "out", "--dry-run", "--recover-tokens", 4096)
+    assert "recover tokens: 4,096\n" in result.stdout
     assert "nothing was done" in result.stdout and not (tmp_path / "out").exists()
     found = json.loads(prune(workplace, "--ratio", 0.2, "--out", tmp_path / "out", "--dry-run", "--json").stdout)
     assert found["family"] == "llama" and found["kv_heads"] == 12
+    assert f"would remove: 0.2: {found['would_remove']['0.2']:,}\n" in result.stdout
     assert found["batch_size"] >= 1 and found["checkpointing"] is False and found["activation_bytes"] > 0
 
 
