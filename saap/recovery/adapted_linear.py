@@ -84,7 +84,7 @@ class AdaptedLinear(QuantisedLinear):
             delattr(self, name)
         for name in ("scaling", "is_merged"):
             self.__dict__.pop(name)
-        self.__class__ = QuantisedLinear  # type: ignore[assignment]
+        self.__class__ = QuantisedLinear  # type: ignore[assignment]  # the class that this one was made of
 
     def forward(self, input: Tensor) -> Tensor:
         if self.is_merged:
