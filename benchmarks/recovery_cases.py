@@ -32,7 +32,7 @@ class Case:
 def _settings(method: str, objective: str, **others: object) -> Settings:
     bits = {} if method == "groupwise" else {"bits": None}
     hidden = HIDDEN if objective == DISTILLED else 0.0
-    return Settings(**{"method": method, "objective": objective, "hidden": hidden, **bits, **TUNING, **others})  # type: ignore[arg-type]
+    return Settings(**{"method": method, "objective": objective, "hidden": hidden, **bits, **TUNING, **others})  # type: ignore[arg-type]  # of the fields' own types
 
 
 LORA = "LoRA r16, 16-bit"

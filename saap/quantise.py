@@ -144,11 +144,7 @@ def export_quantised(
     were rounded. Raises ValueError, FileNotFoundError or FileExistsError before any weight is read where arguments,
     paths or files of text do not fit.
     """
-    check_bits(bits, group_size)
-    check_rounding(rounding, data)
-    refuse_existing(Path(out), force)
-    refuse_losing(out, {"model": path, "calibration text": data})
-    check_text(data)
+    check_export(path, out, bits, group_size, rounding, data, force)
     model = load(path)
     tokenizer = open_tokenizer(os.fspath(path)) if rounding == "gptq" else None
     quantise(
@@ -156,6 +152,18 @@ def export_quantised(
         seq_len=seq_len, seed=seed, progress=progress,
     )  # fmt: skip
     save_beside(model, path, out, force, made_by(model, rounding, data, samples, seq_len))
+
+
+def check_export(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], bits: int, group_size: int, rounding: str, data: Any,
+    force: bool,
+) -> None:  # fmt: skip
+    """Raise for arguments, paths or files of text of an export that do not fit, before a weight is read."""
+    check_bits(bits, group_size)
+    check_rounding(rounding, data)
+    refuse_existing(Path(out), force)
+    refuse_losing(out, {"model": path, "calibration text": data})
+    check_text(data)
 
 
 def save_beside(

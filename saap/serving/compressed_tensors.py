@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from saap.card import model_card
-from saap.checkpoint import PLAN_FILE, load, refuse_existing, refuse_losing, written_whole
+from saap.checkpoint import PLAN_FILE, load, written_whole
 from saap.families import family_of, is_mixture
 from saap.opening import open_tokenizer
 from saap.plan import Plan
-from saap.quantise import Progress, calibration_ids, check_rounding, check_text, made_by, round_linears
+from saap.quantise import Progress, calibration_ids, check_export, made_by, round_linears
 from saap.quantised_linear import QuantisedLinear
-from saap.quantiser import SaapConfig, check_bits, linears_to_quantise
+from saap.quantiser import SaapConfig, linears_to_quantise
 from saap.refuse import refuse_nonfinite_weights, refuse_unsupported
 from saap.stored_weight import NAMES
 from saap.units import discover
@@ -54,13 +54,8 @@ def export_compressed_tensors(
     """
     if find_spec("compressed_tensors") is None:
         raise RuntimeError("compressed-tensors is not installed: pip install 'saap[compressed-tensors]'")
-    check_bits(BITS, group_size)
-    check_rounding(rounding, data)
-    target = Path(out)
-    refuse_existing(target, force)
-    refuse_losing(target, {"model": path, "calibration text": data})
-    check_text(data)
-    model = load(path)
+    check_export(path, out, BITS, group_size, rounding, data, force)
+    target, model = Path(out), load(path)
     linears = _linears(model, group_size)
     plan_file, tokenizer = Path(path) / PLAN_FILE, open_tokenizer(os.fspath(path))
     plan = Plan.load(plan_file) if plan_file.is_file() else None
