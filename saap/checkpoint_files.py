@@ -18,6 +18,12 @@ WEIGHT_INDEX = "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
+def plan_in(folder: Path) -> Plan | None:
+    """The plan that a model directory has of its pruning, or None."""
+    file = folder / PLAN_FILE
+    return Plan.load(file) if file.is_file() else None
+
+
 def check_directory(folder: Path) -> PreTrainedConfig:
     """The configuration of a model directory whose files are whole, belong together and lie within it.
 
@@ -39,8 +45,9 @@ def check_directory(folder: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"{file} is not a configuration that transformers can read: {error}") from error
-    if (folder / PLAN_FILE).is_file():
-        check_plan(Plan.load(folder / PLAN_FILE), config, folder / PLAN_FILE)
+    plan = plan_in(folder)
+    if plan is not None:
+        check_plan(plan, config, folder / PLAN_FILE)
     return config
 
 

@@ -38,7 +38,7 @@ def process_group() -> Iterator[int]:
 
     Statistics are small and live on the CPU, so gloo reduces them whatever the model runs on.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+    if launched()[1] == 1 or distributed.is_initialized():
         yield rank()
         return
     if torch.cuda.is_available():
@@ -54,9 +54,14 @@ def process_group() -> Iterator[int]:
         distributed.destroy_process_group()
 
 
+def launched() -> tuple[int, int]:
+    """This process's rank and the number of processes that torchrun started, in a group yet or not; (0, 1) without."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def refuse_ranks(command: str, instead: str) -> None:
     """Raise ValueError when torchrun launched several processes of a command that only one may run."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = launched()[1]
     if ranks > 1:
         raise ValueError(f"saap {command} runs in one process, torchrun started {ranks}: {instead}")
 

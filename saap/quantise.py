@@ -12,19 +12,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from saap import distributed
 from saap.calibrate import check_sizes
 from saap.card import Made, told_name
-from saap.checkpoint import PLAN_FILE, load, refuse_existing, refuse_losing, save
+from saap.checkpoint import load, refuse_existing, refuse_losing, save
+from saap.checkpoint_files import plan_in
 from saap.data import load_documents, pack_for
 from saap.families import family_of
 from saap.gptq_sweep import QuantisingSweep
 from saap.opening import open_tokenizer
-from saap.plan import Plan
-from saap.quantiser import SaapConfig, SaapQuantizer, check_bits, linears_to_quantise, quantise_linear
+from saap.quantiser import ROUNDINGS, SaapConfig, SaapQuantizer, check_bits, linears_to_quantise, quantise_linear
 from saap.refuse import refuse_meta, refuse_nonfinite_weights, refuse_unsupported
 from saap.stream import resolve_streaming
 from saap.units import discover
 
 Progress = Callable[[int, int], Any]
-ROUNDINGS = ("nearest", "clip", "gptq")
 
 
 @torch.inference_mode(False)
@@ -174,9 +173,7 @@ def save_beside(
     made: Made | None = None,
 ) -> None:
     """Save ``model``, made from the directory ``path``, with that one's tokenizer and plan."""
-    plan_file = Path(path) / PLAN_FILE
-    plan = Plan.load(plan_file) if plan_file.is_file() else None
-    save(model, out, tokenizer=open_tokenizer(os.fspath(path)), force=force, plan=plan, made=made)
+    save(model, out, tokenizer=open_tokenizer(os.fspath(path)), force=force, plan=plan_in(Path(path)), made=made)
 
 
 def made_by(model: PreTrainedModel, rounding: str, data: Any, samples: int, seq_len: int) -> Made:

@@ -20,6 +20,7 @@ from saap.stored_weight import GROUPS, METHOD, NAMES, stored_shapes
 from saap_kernels import pack
 
 VERSION = 1  # of the stored form
+ROUNDINGS = ("nearest", "clip", "gptq")  # see saap.quantise
 DTYPES = {4: "U8", 8: "I8"}  # of qweight, as safetensors calls them
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saap.checkpoint_files import PLAN_FILE
+from saap.checkpoint_files import plan_in
 from saap.compact import PLAN_ATTRIBUTE
 from saap.plan import Plan
 from saap.quantised_linear import QuantisedLinear
@@ -105,8 +105,7 @@ def _plan_of(model: nn.Module) -> Plan | None:
     """That which pruned ``model``, or the one in the directory that it was loaded from."""
     plan: Plan | None = getattr(model, PLAN_ATTRIBUTE, None)
     name = getattr(model, "name_or_path", "")
-    file = Path(name) / PLAN_FILE
-    return Plan.load(file) if plan is None and name and file.is_file() else plan
+    return plan_in(Path(name)) if plan is None and name else plan
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -69,8 +69,9 @@ class Groupwise:
         self.model = model
         self._before = requirements(model)
         model.requires_grad_(False)
+        linears = quantised_linears(model)
         for name, each in factors.items():
-            AdaptedLinear.adapt(quantised_linears(model)[name], each)
+            AdaptedLinear.adapt(linears[name], each)
         self._norms = LearnedNorms(model) if norms else None
 
     def finish(self) -> PreTrainedModel:

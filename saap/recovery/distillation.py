@@ -138,24 +138,24 @@ def hidden_distance(mine: tuple[Tensor, ...], theirs: tuple[Tensor, ...], counte
     return torch.stack(found).mean(0).sum()
 
 
-def check_teacher(
-    model: nn.Module, teacher: nn.Module, *, hidden: float = 0.0,
-    tokenizer: PreTrainedTokenizerBase | None = None, teacher_tokenizer: PreTrainedTokenizerBase | None = None,
-) -> None:  # fmt: skip
+def check_tokenizers(own: PreTrainedTokenizerBase, teachers: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless the tokenizer of a teacher gives every token the id that the model's does."""
+    mine, theirs = own.get_vocab(), teachers.get_vocab()
+    differing = sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
+    if differing:
+        raise ValueError(
+            f"expected a teacher with the model's tokenizer, got another one: {len(differing)} tokens differ, "
+            f"{differing[0]!r} is {mine.get(differing[0])} here and {theirs.get(differing[0])} there"
+        )
+
+
+def check_teacher(model: nn.Module, teacher: nn.Module, *, hidden: float = 0.0) -> None:
     """Raise ValueError unless ``teacher`` predicts the tokens of ``model``, and has its states for ``hidden``."""
     mine, theirs = causal_lm(model).config, causal_lm(teacher).config
     if mine.vocab_size != theirs.vocab_size:
         raise ValueError(
             f"expected a teacher of the model's vocabulary of {mine.vocab_size} tokens, got one of {theirs.vocab_size}"
         )
-    if tokenizer is not None and teacher_tokenizer is not None:
-        own, other = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
-        differing = sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token))
-        if differing:
-            raise ValueError(
-                f"expected a teacher with the model's tokenizer, got another one: {len(differing)} tokens differ, "
-                f"{differing[0]!r} is {own.get(differing[0])} here and {other.get(differing[0])} there"
-            )
     if hidden:
         for name in ("hidden_size", "num_hidden_layers"):
             if getattr(mine, name) != getattr(theirs, name):

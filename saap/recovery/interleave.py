@@ -1,5 +1,6 @@
 """Recovery between the steps of pruning: prune a little, tune a little, with one budget of tokens."""
 
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,4 +84,8 @@ class Tuning:
         """``model`` tuned in place after a step, counted from 1."""
         rows = torch.arange((step - 1) * self.sequences, step * self.sequences) % len(self.text)
         text = TrainingText(self.text.input_ids[rows], self.text.labels[rows])
-        return tune(model, text, None, self.settings, teacher, None, False, Told(progress)).model
+        with tempfile.TemporaryDirectory(prefix="saap-recover-") as folder:
+            try:
+                return tune(model, text, None, self.settings, teacher, folder, False, Told(progress)).model
+            except KeyboardInterrupt:  # without the words on going on from a folder that is gone
+                raise KeyboardInterrupt from None

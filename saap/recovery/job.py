@@ -15,19 +15,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from saap import console
 from saap.card import Made, comparisons, hub_name
 from saap.checkpoint import refuse_existing, refuse_losing, save
-from saap.checkpoint_files import PLAN_FILE
+from saap.checkpoint_files import plan_in
 from saap.data import check_tokenizer, load_documents
+from saap.distributed import launched
 from saap.evaluate import Evaluation, evaluate
 from saap.memory import weight_bytes
 from saap.opening import open_model, open_tokenizer
 from saap.plan import Plan
+from saap.recovery.distillation import check_tokenizers
 from saap.recovery.recover import (
     Recovered,
     Told,
     check_budget,
     check_folder,
     check_models,
-    learning_rate,
     texts,
     tune,
 )
@@ -91,7 +92,7 @@ class Job:
 
         The output directory appears complete or not at all; checkpoints beside it are removed then.
         """
-        first, watch = int(os.environ.get("RANK", "0")) == 0, Stopwatch()
+        first, watch = launched()[0] == 0, Stopwatch()
         model, tokenizer, teacher, text, kept = self._ready()
         if self.force and not self.resume and first:
             shutil.rmtree(self.training, ignore_errors=True)
@@ -110,7 +111,7 @@ class Job:
         """What ``run`` would do, after all that it checks before it trains."""
         model, _, _, text, kept = self._ready()
         steps = check_budget(text, self.settings)
-        settings = self.settings.to_dict() | {"learning_rate": learning_rate(model, self.settings)}
+        settings = self.settings.to_dict() | {"learning_rate": self.settings.rate(model.config.hidden_size)}
         return {name: value for name, value in settings.items() if value is not None} | {
             "parameters": elements(model),
             "weight_bytes": weight_bytes(model),
@@ -144,8 +145,8 @@ class Job:
         if self.teacher is None:
             return model, tokenizer, None
         other = open_tokenizer(self.teacher)
-        if tokenizer is not None and other is not None and tokenizer.get_vocab() != other.get_vocab():
-            raise ValueError(f"--teacher: expected the vocabulary of {self.folder}, got another one of {self.teacher}")
+        if tokenizer is not None and other is not None:
+            check_tokenizers(tokenizer, other)
         return model, other if tokenizer is None else tokenizer, open_model(self.teacher, self.dtype)
 
     def _evaluated(
@@ -161,8 +162,7 @@ class Job:
         self, found: Recovered, tokenizer: PreTrainedTokenizerBase | None, evaluation: Evaluation | None,
         watch: Stopwatch,
     ) -> "Done":  # fmt: skip
-        plan_file = Path(self.folder) / PLAN_FILE
-        plan = Plan.load(plan_file) if plan_file.is_file() else None
+        plan = plan_in(Path(self.folder))
         rows = recovery_rows(found, None if self.teacher is None else shown_name(self.teacher))
         base = self.teacher if self.teacher is not None and hub_name(self.teacher) else self.folder
         told = tuple(rows.items())

@@ -1,7 +1,6 @@
 """``saap.recover``: quantise, attach what learns, train, merge."""
 
 import os
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
@@ -15,12 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap.compact import PLAN_ATTRIBUTE
 from saap.data import check_tokenizer
+from saap.distributed import launched
 from saap.families import family_of
 from saap.packed_mlp import is_accelerated
 from saap.quantised_linear import is_quantised
 from saap.quantiser import SaapConfig
 from saap.recovery.distillation import check_teacher
-from saap.recovery.settings import HIDDEN, Settings, default_learning_rate
+from saap.recovery.schedule import Schedule
+from saap.recovery.settings import Settings
 from saap.recovery.training_folder import kept_if_it_fails, refuse_differences
 from saap.recovery.training_text import TrainingText, pack_to_train
 from saap.refuse import refuse_meta, refuse_nonfinite_weights, refuse_unsupported
@@ -123,8 +124,8 @@ def settled(settings: dict[str, Any], has_teacher: bool) -> Settings:
             f"{' and '.join(weights)}: expected 0 where nothing is distilled; "
             + ("objective next_token leaves the teacher alone" if has_teacher else "there is no teacher (--teacher)")
         )
-    hidden = (HIDDEN if objective == "distillation" else 0.0) if wanted.hidden is None else wanted.hidden
-    return replace(wanted, objective=objective, hidden=hidden)
+    wanted = replace(wanted, objective=objective)
+    return replace(wanted, hidden=wanted.hidden_weight)
 
 
 def check_models(model: PreTrainedModel, teacher: PreTrainedModel | None, settings: Settings) -> None:
@@ -161,7 +162,7 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, settings: S
         except ValueError as error:
             raise ValueError(f"teacher: {error}") from error
     _check_positions(teacher, "the teacher", settings.seq_len)
-    check_teacher(model, teacher, hidden=(settings.hidden or 0.0) if settings.objective == "distillation" else 0.0)
+    check_teacher(model, teacher, hidden=settings.hidden_weight)
 
 
 def _check_positions(model: PreTrainedModel, name: str, seq_len: int) -> None:
@@ -192,7 +193,7 @@ def check_folder(folder: str | os.PathLike[str] | None, resume: bool, settings: 
     if folder is None:
         if resume:
             raise ValueError("resume goes on from the checkpoints of a folder: expected folder, got none")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if launched()[1] > 1:
             raise ValueError("several processes share their checkpoints: expected folder, got none")
         return
     path = Path(folder)
@@ -202,7 +203,7 @@ def check_folder(folder: str | os.PathLike[str] | None, resume: bool, settings: 
         if not path.is_dir():
             raise FileNotFoundError(f"no training to go on from: there is no {path}; start without resume (--resume)")
         refuse_differences(path, {"settings": settings.to_dict()})
-    elif path.is_dir() and any(path.iterdir()) and int(os.environ.get("RANK", "0")) == 0:
+    elif path.is_dir() and any(path.iterdir()) and launched()[0] == 0:
         raise FileExistsError(
             f"{path} holds an earlier training: go on with resume (--resume), or use force (--force) to start anew"
         )
@@ -235,9 +236,7 @@ def texts(
 
 def check_budget(text: TrainingText, settings: Settings) -> int:
     """The steps to train; ValueError for none, or for batches that the processes of torchrun cannot share."""
-    from saap.recovery.trainer import Schedule
-
-    return Schedule.of(settings, len(text), int(os.environ.get("WORLD_SIZE", "1"))).steps
+    return Schedule.of(settings, len(text), launched()[1]).steps
 
 
 def _part(text: TrainingText, which: slice) -> TrainingText:
@@ -247,7 +246,7 @@ def _part(text: TrainingText, which: slice) -> TrainingText:
 @torch.inference_mode(False)
 def tune(
     model: PreTrainedModel, text: TrainingText, held_out: TrainingText | None, settings: Settings,
-    teacher: PreTrainedModel | None, folder: str | os.PathLike[str] | None, resume: bool, told: Told,
+    teacher: PreTrainedModel | None, folder: str | os.PathLike[str], resume: bool, told: Told,
 ) -> Recovered:  # fmt: skip
     """``recover`` of what its checks have passed: a model, packed text and settled settings."""
     from saap.recovery.attach import attach  # what they need is not needed by others
@@ -255,7 +254,6 @@ def tune(
 
     watch, plan = Stopwatch(), getattr(model, PLAN_ATTRIBUTE, None)
     with ExitStack() as stack:
-        kept = stack.enter_context(tempfile.TemporaryDirectory(prefix="saap-recover-")) if folder is None else folder
         if settings.bits is not None and not is_quantised(model):
             told.begin("quantising")
             with watch("quantise"):
@@ -269,24 +267,16 @@ def tune(
         attached = attach(model, settings)
         told.begin("training")
         with watch("train"):
-            try:
-                history = train(
-                    attached.model, text, held_out, settings, folder=Path(kept), teacher=teacher, resume=resume,
-                    progress=told.progress, said=told.said,
-                )  # fmt: skip
-            except KeyboardInterrupt as interrupt:  # what says how to go on, of a folder that stays
-                raise KeyboardInterrupt(*(() if folder is None else interrupt.args)) from None
+            history = train(
+                attached.model, text, held_out, settings, folder=folder, teacher=teacher, resume=resume,
+                progress=told.progress, said=told.said,
+            )  # fmt: skip
         with watch("merge"):
             done = attached.finish().eval()
     if plan is not None:
         object.__setattr__(done, PLAN_ATTRIBUTE, plan)
-    settings = replace(settings, learning_rate=learning_rate(done, settings))
+    settings = replace(settings, learning_rate=settings.rate(done.config.hidden_size))
     return Recovered(done, settings, history, len(text), 0 if held_out is None else len(held_out), watch.seconds)
-
-
-def learning_rate(model: PreTrainedModel, settings: Settings) -> float:
-    """The one that ``model`` is trained with."""
-    return settings.learning_rate or default_learning_rate(settings.method, model.config.hidden_size)
 
 
 def _quantise(model: PreTrainedModel, text: TrainingText, settings: Settings, progress: Progress | None) -> None:

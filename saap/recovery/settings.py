@@ -3,11 +3,10 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from saap.quantiser import check_bits
+from saap.quantiser import ROUNDINGS, check_bits
 
 METHODS = ("groupwise", "lora", "full")
 OBJECTIVES = ("auto", "distillation", "next_token")
-ROUNDINGS = ("nearest", "clip", "gptq")
 LEARNING_RATES = {"groupwise": 1e-2, "lora": 1e-2, "full": 1e-3}  # of a model whose hidden states are MEASURED wide
 MEASURED = 256
 HIDDEN = 16.0
@@ -92,6 +91,17 @@ class Settings:
             raise ValueError(f"warmup: expected a share of the steps in [0, 1), got {self.warmup!r}")
         if self.batch_size % (self.micro_batch or self.batch_size):
             raise ValueError(f"micro_batch: expected a divisor of batch_size {self.batch_size}, got {self.micro_batch}")
+
+    @property
+    def hidden_weight(self) -> float:
+        """Of the distance of hidden states; none where nothing is distilled."""
+        if self.objective == "next_token":
+            return 0.0
+        return HIDDEN if self.hidden is None else self.hidden
+
+    def rate(self, hidden_size: int) -> float:
+        """The learning rate at its largest, of a model of that width."""
+        return self.learning_rate or default_learning_rate(self.method, hidden_size)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -20,7 +20,7 @@ from saap.distributed import check_agreement, gathered, on_first_rank, process_g
 from saap.recovery.distillation import Distillation, Objective, causal_lm, check_teacher
 from saap.recovery.fingerprint import frozen_fingerprint, weights_fingerprint
 from saap.recovery.schedule import Schedule, order_of
-from saap.recovery.settings import HIDDEN, Settings, default_learning_rate
+from saap.recovery.settings import Settings
 from saap.recovery.training_folder import PREFIX, Record, last_checkpoint, learned, open_folder, restore_learned
 from saap.recovery.training_text import TrainingText
 
@@ -120,9 +120,8 @@ def _distillation(model: nn.Module, teacher: nn.Module | None, settings: Setting
         raise ValueError("objective distillation: expected a teacher, got none")
     if teacher is None or settings.objective == "next_token":
         return None
-    hidden = HIDDEN if settings.hidden is None else settings.hidden
-    check_teacher(model, teacher, hidden=hidden)
-    return Distillation(teacher, settings.top_k, settings.next_token, hidden)
+    check_teacher(model, teacher, hidden=settings.hidden_weight)
+    return Distillation(teacher, settings.top_k, settings.next_token, settings.hidden_weight)
 
 
 def _record(
@@ -203,7 +202,7 @@ def _arguments(model: nn.Module, settings: Settings, schedule: Schedule, folder:
         max_steps=schedule.steps,
         per_device_train_batch_size=schedule.micro_batch,
         gradient_accumulation_steps=schedule.accumulation,
-        learning_rate=settings.learning_rate or default_learning_rate(settings.method, width),
+        learning_rate=settings.rate(width),
         warmup_steps=math.ceil(settings.warmup * schedule.steps),
         optim="adamw_torch",
         weight_decay=0.0,

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from saap.card import model_card
-from saap.checkpoint import PLAN_FILE, load, written_whole
+from saap.checkpoint import load, written_whole
+from saap.checkpoint_files import PLAN_FILE, plan_in
 from saap.families import family_of, is_mixture
 from saap.opening import open_tokenizer
-from saap.plan import Plan
 from saap.quantise import Progress, calibration_ids, check_export, made_by, round_linears
 from saap.quantised_linear import QuantisedLinear
 from saap.quantiser import SaapConfig, linears_to_quantise
@@ -57,8 +57,7 @@ def export_compressed_tensors(
     check_export(path, out, BITS, group_size, rounding, data, force)
     target, model = Path(out), load(path)
     linears = _linears(model, group_size)
-    plan_file, tokenizer = Path(path) / PLAN_FILE, open_tokenizer(os.fspath(path))
-    plan = Plan.load(plan_file) if plan_file.is_file() else None
+    plan, tokenizer = plan_in(Path(path)), open_tokenizer(os.fspath(path))
     units = discover(model)
     if rounding == "nearest":
         state = _compressed_state(model, linears, group_size, progress)

@@ -78,7 +78,7 @@ def test_a_teacher_must_have_the_models_vocabulary_and_lends_its_tokenizer(workp
     tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=[])
     saap.save(tiny_model("llama", torch.float32), tmp_path / "other", tokenizer=tokenizer)
     refused = recover(workplace, "--teacher", tmp_path / "other", "--out", tmp_path / "out", code=2)
-    assert "--teacher: expected the vocabulary of" in refused.stderr
+    assert "expected a teacher with the model's tokenizer" in refused.stderr
     saap.save(saap.load(workplace / "pruned"), tmp_path / "bare")
     arguments = ("--data", workplace / "text.txt", "--teacher", workplace / "dense", *SMALL, "--epochs", 0.3)
     alone = run("recover", tmp_path / "bare", *arguments[:2], *SMALL, "--out", tmp_path / "out", code=2)
