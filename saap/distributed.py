@@ -3,6 +3,7 @@
 We write no launcher: ``torchrun --nproc-per-node N -m saap calibrate ...`` starts the ranks.
 """
 
+import gc
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -48,10 +49,16 @@ def process_group() -> Iterator[int]:
     # addresses of a group that was left are still in the store: the next one has names of its own
     store = distributed.PrefixStore(f"saap-{next(_joined)}", store)
     distributed.init_process_group(backend, store=store, rank=own, world_size=processes, timeout=TIMEOUT)
+    group = distributed.group.WORLD
     try:
         yield rank()
     finally:
+        # The threads of a group drop tensors, for which they need the GIL, and end with it. Cycles (DDP's wrapper) hold
+        # it: left to the end of the interpreter, a thread still at that aborts the process; destroyed by the collection
+        # itself, which keeps the GIL, it waits for its threads for ever. Freed last and from here, it waits without.
         distributed.destroy_process_group()
+        gc.collect()
+        del group
 
 
 def launched() -> tuple[int, int]:

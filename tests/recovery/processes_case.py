@@ -53,6 +53,20 @@ def several_in_one_group(directory: Path):
         return run(directory / "group", teacher=a_teacher(), hidden=0.1)
 
 
+def group_threads() -> list[str]:
+    """Names of this process's threads that belong to a group of processes."""
+    names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
+def left(directory: Path):
+    """A training in a group of its own: threads while it trains and after."""
+    during = []
+    history = train(learner(), some_text(), None, some_settings(), folder=directory / "left",
+                    progress=lambda done, total: during.append(group_threads()))  # fmt: skip
+    return [len(history.losses), during[-1:], group_threads()]
+
+
 def micro_batches(directory: Path):
     return run(directory / "micro", micro_batch=1, gradient_checkpointing=True)
 
@@ -169,7 +183,7 @@ def faults(directory: Path):
     return [nan, disk]
 
 
-CASES = (several_in_one_group, micro_batches, mixture, unused, resumed, disagreeing, faults, fsdp2)
+CASES = (several_in_one_group, left, micro_batches, mixture, unused, resumed, disagreeing, faults, fsdp2)
 
 
 def main(directory: Path) -> None:

@@ -167,10 +167,11 @@ def test_hidden_states_that_overflow_are_named_and_the_blocks_before_stay_quanti
 RANK = """
 import sys, torch, saap
 from tests.recovery.test_quantise_rounding import GPTQ
+from saap.distributed import process_group
 from tests.serving.test_quantiser import pruned
-torch.distributed.init_process_group("gloo")
-model = saap.quantise(pruned("qwen2"), bits=4, **GPTQ)
-torch.save(model.state_dict(), f"{sys.argv[1]}/{torch.distributed.get_rank()}.pt")
+with process_group() as rank:
+    model = saap.quantise(pruned("qwen2"), bits=4, **GPTQ)
+    torch.save(model.state_dict(), f"{sys.argv[1]}/{rank}.pt")
 """
 
 

@@ -68,6 +68,13 @@ def test_distillation_in_a_group_that_was_joined_before(found, tmp_path):
         torch.testing.assert_close(torch.tensor(result["losses"]), torch.tensor(history.losses), **CLOSE)
 
 
+def test_no_thread_of_a_group_outlives_its_training(found):
+    """One that did could abort the process when the interpreter ends, after all work was done."""
+    assert found["left"][0][1][0]  # the first process hears of its progress
+    for losses, _, after in found["left"]:
+        assert losses and not after
+
+
 def test_mixtures_of_experts_train(found):
     first, second = found["mixture"]
     assert first["losses"] == second["losses"] and len(first["losses"]) == 4
