@@ -153,24 +153,34 @@ def verdict(gap: float, error: float | None) -> str:
 
 
 def grid_table(cases: Found, ratio: float) -> str:
-    """The product at one ratio: means over the seeds that all have, by compensation and steps; the least is bold."""
+    """The product at one ratio, by compensation and steps: means and deviations over the seeds that all have.
+
+    The least mean is bold; ≈ marks those that are level with it by their paired differences.
+    """
     there = {name: ratios[ratio] for name, ratios in cases.items() if ratio in ratios}
-    common = set.intersection(*(set(found) for found in there.values()))
+    common = sorted(set.intersection(*(set(found) for found in there.values())))
     if not common:
         raise ValueError(f"expected a calibration seed that all cells of the grid at {ratio:.0%} have, found none")
-    means, seeds = {name: mean(found[seed] for seed in common) for name, found in there.items()}, len(common)
-    least = min(means.values())
+    there = {name: {seed: found[seed] for seed in common} for name, found in there.items()}
+    least = min(there, key=lambda name: mean(there[name].values()))
     columns = [f"{COMPENSATIONS[each]}{f', {steps} steps' if steps > 1 else ''}" for each, steps in GRID_COLUMNS]
-    title = f"**Criteria x searches x compensation x steps at {ratio:.0%}, mean of {seeds} calibration seed"
-    lines = [f"{title}{'s' if seeds > 1 else ''}**", "", _row(["", *columns]), "|---" * (len(columns) + 1) + "|"]
+    title = f"**Criteria x searches x compensation x steps at {ratio:.0%}, {len(common)} calibration seed"
+    lines = [f"{title}{'s' if len(common) > 1 else ''}**", "", _row(["", *columns]), "|---" * (len(columns) + 1) + "|"]
     for criterion in GRID_CRITERIA:
         for search in GRID_SEARCHES:
-            row = [means.get(grid_name(criterion, search, *column)) for column in GRID_COLUMNS]
-            if any(row):
-                shown = ["" if each is None else _shown([each]) for each in row]
-                shown = [f"**{text}**" if each == least else text for each, text in zip(row, shown, strict=True)]
+            row = [grid_name(criterion, search, *column) for column in GRID_COLUMNS]
+            if any(name in there for name in row):
+                shown = [_against_least(there[name], there[least]) if name in there else "" for name in row]
                 lines.append(_row([f"{criterion}, {search}", *shown]))
     return "\n".join(lines)
+
+
+def _against_least(found: dict[int, float], least: dict[int, float]) -> str:
+    shown = _shown(list(found.values()))
+    if found is least:
+        return f"**{shown}**"
+    gap = paired(found, least)
+    return f"{shown} ≈" if gap and verdict(*gap) == "level" else shown
 
 
 def rho_table(found: dict) -> str:

@@ -91,13 +91,23 @@ def test_the_grid_is_one_table_per_ratio_over_the_seeds_that_all_cells_have() ->
     first, second = (grid_name(name, "uniform", "bias", 4) for name in ("saap", "FLAP"))
     text = evidence.sections(some({first: (12.0, 16.0), second: (11.0,)}, "grid"), [])
     head = "|  | none | bias | least squares | none, 4 steps | bias, 4 steps | least squares, 4 steps |"
-    assert text.count("mean of 1 calibration seed**") == len(RATIOS) == text.count(head)
+    assert text.count("%, 1 calibration seed**") == len(RATIOS) == text.count(head)
     assert "| saap, uniform |  |  |  |  | 1.200 |  |" in text and "| FLAP, uniform |  |  |  |  | **1.100** |  |" in text
     assert "default" not in text  # nothing is compared with it
     assert "saap, global" not in text  # not measured yet
     apart = [*some({first: (12.0,)}, "grid"), Cell("m", "report", second, "grid", 0.2, 7, 11.0, 10.0)]
     with pytest.raises(ValueError, match="expected a calibration seed that all cells of the grid at 20% have"):
         evidence.sections(apart, [])
+
+
+def test_cells_of_the_grid_are_level_with_the_least_by_their_differences_of_each_seed() -> None:
+    names = [grid_name("saap", search, "none", 1) for search in ("global", "standardised", "uniform")]
+    # as far above the least on average, once always by as much and once by chance
+    found = dict(zip(names, [(11.0, 13.0), (11.2, 13.2), (11.8, 12.6)], strict=True))
+    lines = evidence.sections(some(found, "grid"), []).splitlines()
+    assert "| saap, global | **1.200 ± 0.141** |  |  |  |  |  |" in lines
+    assert "| saap, standardised | 1.220 ± 0.141 |  |  |  |  |  |" in lines
+    assert "| saap, uniform | 1.220 ± 0.057 ≈ |  |  |  |  |  |" in lines
 
 
 def test_the_grid_is_the_whole_product_and_whole_columns_come_first() -> None:
