@@ -18,12 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.protocol_cells import Cell, Inputs, Settings, free_memory, run_cell
-from benchmarks.protocol_models import KNOWN, Model, check_model, needs, parse_models, tokenizer_of
+from benchmarks.protocol_models import (
+    KNOWN,
+    Model,
+    check_coupled_memory,
+    check_model,
+    needs,
+    parse_models,
+    tokenizer_of,
+)
 from benchmarks.protocol_table import numbers_of, read_results, write_table
 from benchmarks.protocol_texts import TEXTS, check_text, describe, joined, load_text, parse_texts, token_ids
 from benchmarks.zero_shot import TASKS, check_tasks
 from saap.console import quiet_libraries
-from saap.criteria import CRITERIA
+from saap.criteria import CRITERIA, needs_coupled
 from saap.pipeline import parse_ratios
 from saap.plan import write_atomically
 from saap.search import METHODS
@@ -114,14 +122,19 @@ def refuse_changes(out: Path, recorded: dict[str, Any]) -> None:
         raise ValueError(f"{out} holds results of other settings ({differences}); choose another --out")
 
 
-def read_inputs(models: list[Model], ratios: tuple[float, ...], settings: Settings) -> Inputs:
-    """Load all texts and every model's configuration and tokenizer, so that a long run does not fail late."""
+def read_inputs(models: list[Model], ratios: tuple[float, ...], settings: Settings, coupled: bool = False) -> Inputs:
+    """Load all texts and every model's configuration and tokenizer, so that a long run does not fail late.
+
+    ``coupled``: some cell takes coupled statistics, for which there must be memory.
+    """
     inputs = Inputs(
         load_text(settings.calibration), {name: joined(source) for name, source in settings.perplexity_data.items()}
     )
     longest = max(settings.seq_lens)
     for model in models:
         check_model(model, ratios, settings.method, (*settings.seq_lens, settings.seq_len))
+        if coupled:
+            check_coupled_memory(model, settings.samples, settings.seq_len, settings.dtype)
         tokenizer = tokenizer_of(model)
         for name, text in inputs.texts.items():
             tokens = len(token_ids(tokenizer, text))
@@ -161,7 +174,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"wrote {table}" if args.table_only else f"{len(cells)} of {len(cells)} cells are done; wrote {table}")
         return
     print(f"{len(cells) - len(todo)} of {len(cells)} cells are done")
-    inputs = read_inputs(sorted({cell.model for cell in todo}, key=models.index), ratios, settings)
+    coupled = needs_coupled(*(cell.criterion for cell in todo if cell.criterion is not None))
+    inputs = read_inputs(sorted({cell.model for cell in todo}, key=models.index), ratios, settings, coupled)
     write_atomically(out / "settings.json", json.dumps(recorded, indent=2) + "\n")
     for number, cell in enumerate(todo, start=1):
         start = time.perf_counter()

@@ -6,13 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from saap.memory import checkpointed_bytes
+from saap.memory import available_bytes, block_activation_bytes, checkpointed_bytes
+from saap.micro_batches import check_one_pass
 from saap.opening import open_tokenizer
 from saap.search import check_ratio
 from saap.statistics import Statistics
-from saap.units import Units, discover
+from saap.stream import Streaming, streamed_bytes
+from saap.units import discover
 
 PROMPT_TOKENS = 1024  # about the longest BoolQ passage; it bounds the logits that zero-shot tasks keep
 
@@ -101,11 +110,10 @@ def _parse(name: str) -> Model:
     raise ValueError(f"--models: unknown model {name!r}; known: {', '.join(KNOWN)}, OWNER/NAME on the hub, a directory")
 
 
-def skeleton(config: PreTrainedConfig) -> tuple[Units, torch.dtype]:
-    """The units and the dtype of a configuration's model, without its weights."""
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """A configuration's model without its weights."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return discover(model), model.dtype
+        return AutoModelForCausalLM.from_config(config)
 
 
 def check_model(model: Model, ratios: tuple[float, ...], method: str, seq_lens: tuple[int, ...]) -> None:
@@ -114,9 +122,28 @@ def check_model(model: Model, ratios: tuple[float, ...], method: str, seq_lens: 
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max(seq_lens) > positions:
         raise ValueError(f"--seq-lens, --seq-len: {max(seq_lens)} exceeds the {positions} positions of {model.name}")
-    units, _ = skeleton(config)
+    units = discover(skeleton(config))
     for ratio in ratios:
         check_ratio(units, ratio, method=method)
+
+
+def check_coupled_memory(model: Model, samples: int, seq_len: int, dtype: str | None) -> None:
+    """Raise ValueError where one backward pass of all samples, as coupled statistics take, would find no room.
+
+    By the same estimates as in a cell, without its weights: a long run does not end when it comes to that cell.
+    """
+    empty = skeleton(AutoConfig.from_pretrained(model.path))
+    units, number = discover(empty), empty.dtype if dtype is None else getattr(torch, dtype)
+    device = Streaming().resolved_device(empty)
+    weights, free, tokens = units.total_parameters * number.itemsize, available_bytes(device), samples * seq_len
+    if weights > 0.9 * free:
+        wanted, weights = block_activation_bytes(units, tokens, number), streamed_bytes(empty, number)
+    else:
+        wanted = checkpointed_bytes(units, tokens, number)
+    try:
+        check_one_pass(wanted, free - weights, samples, seq_len)
+    except ValueError as error:
+        raise ValueError(f"--criteria: {model.name}: {error}") from None
 
 
 def tokenizer_of(model: Model) -> PreTrainedTokenizerBase:
@@ -132,8 +159,8 @@ def needs(model: Model, ratios: tuple[float, ...], seq_len: int, batch_size: int
     if known is None and not model.local:
         return {"sizes": "unknown until its configuration is read from the hub"}
     config = AutoConfig.from_pretrained(model.path) if known is None else LlamaConfig(**known.sizes)
-    units, dtype = skeleton(config)
-    dtype = dtype if known is None else known.dtype
+    empty = skeleton(config)
+    units, dtype = discover(empty), empty.dtype if known is None else known.dtype
     weights = units.total_parameters * dtype.itemsize
     logits = (
         batch_size * PROMPT_TOKENS * config.vocab_size * (dtype.itemsize + 4)

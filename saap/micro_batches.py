@@ -76,11 +76,12 @@ def fit_micro_batches(
         if recompute and automatic:
             batch = largest(recompute)
     if one_pass:
-        _check_room(kept(batch, recompute), available_bytes(device) - (streamed_bytes or 0), samples, seq_len)
+        check_one_pass(kept(batch, recompute), available_bytes(device) - (streamed_bytes or 0), samples, seq_len)
     return Fit(batch, recompute, kept(batch, recompute))
 
 
-def _check_room(wanted: int, free: int, samples: int, seq_len: int) -> None:
+def check_one_pass(wanted: int, free: int, samples: int, seq_len: int) -> None:
+    """Raise ValueError unless the ``wanted`` bytes that one backward pass of all samples keeps are ``free``."""
     if wanted > free:
         raise ValueError(
             f"coupled statistics take all {samples} samples of {seq_len} tokens in one backward pass: about "

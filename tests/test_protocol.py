@@ -45,6 +45,20 @@ def test_bad_arguments_are_named_before_any_work(tmp_path, no_cell, capsys, opti
     assert not (tmp_path / "out").exists()
 
 
+def test_coupled_statistics_without_memory_are_refused_before_any_cell(tmp_path, no_cell, monkeypatch, capsys) -> None:
+    prepare(tmp_path)
+    coupled = [*command(tmp_path), "--out", str(tmp_path / "out"), "--criteria", "saap,llm_pruner"]
+    monkeypatch.setattr("benchmarks.protocol_models.available_bytes", lambda device: 30 * 2**20)
+    with pytest.raises(SystemExit) as stopped:
+        protocol_7b.main(coupled)
+    message = "error: --criteria: small_model: coupled statistics take all "
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith(message)
+    assert not (tmp_path / "out").exists()
+    plain = [*coupled[:-1], "saap"]
+    with pytest.raises(AssertionError, match="a cell was run"):
+        protocol_7b.main(plain)
+
+
 def test_a_text_shorter_than_a_window_is_named(tmp_path, no_cell, capsys) -> None:
     prepare(tmp_path)
     (tmp_path / "prose.txt").write_text("a few words")
