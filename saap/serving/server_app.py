@@ -20,8 +20,9 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import BaseHandler, Modality, get_response_template
 
 from saap.families import PRUNED_PREFIX
+from saap.serving.server_body import Refused, read_body, shown
 from saap.serving.server_generation import OneModel, adjust, context_length, cut
-from saap.serving.server_requests import ASKED, CHAT, COMPLETION, Asked, Refused, check_request
+from saap.serving.server_requests import ASKED, CHAT, COMPLETION, Asked, check_request
 from saap.serving.server_stream import openai_stream
 
 GENERATION_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
@@ -92,7 +93,7 @@ def build_app(served: Served) -> FastAPI:
     @app.get("/v1/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
         if name != served.name:
-            raise Refused(f"the model {name!r} does not exist: this server has {served.name!r}", "model", 404)
+            raise Refused(f"the model {shown(name)} does not exist: this server has {served.name!r}", "model", 404)
         return served.listed(created)
 
     @app.post("/v1/completions")
@@ -123,10 +124,7 @@ def _read_answers_as_the_family(served: Served) -> None:
 
 async def _answer(request: Request, handler: Any, kind: str) -> Response:
     """Check a request, let transformers' handler answer it, and bring the answer into OpenAI's form."""
-    try:
-        body = await request.json()
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Refused(f"expected JSON as body: {error}") from error
+    body = read_body(await request.body())
     asked = check_request(body, kind, handler.served.name, handler.served.path)
     ASKED.set(asked)
     identity = ("chatcmpl-" if kind == CHAT else "cmpl-") + uuid.uuid4().hex

@@ -10,10 +10,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
-from saap.serving.server_requests import ASKED, CHAT, DEFAULT_TOKENS, Refused
+from saap.serving.server_body import Refused
+from saap.serving.server_requests import ASKED, CHAT, DEFAULT_TOKENS
+
+COLDEST = 1e-5  # temperatures below it are the greedy choice: fp32 scores divided by less can overflow
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -29,7 +39,7 @@ def adjust(config: GenerationConfig, model_config: GenerationConfig) -> Generati
     """
     asked = ASKED.get()
     temperature, top_p = asked.body.get("temperature"), asked.body.get("top_p")
-    if temperature == 0:
+    if temperature is not None and temperature < COLDEST:
         config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
     elif temperature is not None or top_p is not None:
         config.do_sample = True
@@ -37,6 +47,8 @@ def adjust(config: GenerationConfig, model_config: GenerationConfig) -> Generati
         config.top_k = 0
     if biases := asked.body.get("logit_bias"):
         config.sequence_bias = {(int(token),): float(bias) for token, bias in biases.items()}
+    if asked.stop:
+        config.stop_strings = None  # ``StopTexts`` looks for them
     config.num_beams, config.num_return_sequences = 1, 1  # beams cannot be streamed
     config.max_length = config.min_length = None  # only max_new_tokens counts
     return config
@@ -70,6 +82,28 @@ class Cancelled(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+class StopTexts(StoppingCriteria):
+    """Ends a generation at its stop sequences; those that the tokenizer has no tokens for never come."""
+
+    def __init__(self, processor: Any, stops: tuple[str, ...]) -> None:
+        self._processor, self._stops = processor, stops
+        self._known: list[StopStringCriteria] | None = None  # slow to make: not before the generation, in its thread
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **more: Any) -> torch.Tensor:
+        if self._known is None:
+            self._known = self._made(self._stops)
+        found = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for criterion in self._known:
+            found = found | criterion(input_ids, scores, **more)
+        return found
+
+    def _made(self, stops: tuple[str, ...]) -> list[StopStringCriteria]:
+        try:
+            return [StopStringCriteria(self._processor, list(stops))]
+        except ValueError:  # of all together, for the sake of one
+            return [each for stop in stops for each in self._made((stop,))] if len(stops) > 1 else []
 
 
 class Generation(GenerateManager):
@@ -108,6 +142,7 @@ class Generation(GenerateManager):
         **more: Any,
     ) -> Any:
         fit(gen_config, inputs["input_ids"].shape[-1], model)
+        inputs = {**inputs, "stopping_criteria": _criteria(processor)}
         return super().generate_streaming(model, processor, inputs, gen_config, **more)
 
     async def generate_non_streaming(
@@ -120,12 +155,18 @@ class Generation(GenerateManager):
     ) -> Any:
         fit(gen_config, inputs["input_ids"].shape[-1], model)
         gone = Cancelled()
-        inputs = {**inputs, "stopping_criteria": StoppingCriteriaList([gone])}
+        inputs = {**inputs, "stopping_criteria": _criteria(processor, gone)}
         try:
             return await super().generate_non_streaming(model, processor, inputs, gen_config, **more)
         except asyncio.CancelledError:
             gone.event.set()
             raise
+
+
+def _criteria(processor: Any, *more: StoppingCriteria) -> StoppingCriteriaList:
+    """What ends the generation of the request, ``more`` beside its stop sequences."""
+    stop = ASKED.get().stop
+    return StoppingCriteriaList([*more, StopTexts(processor, stop)] if stop else more)
 
 
 class OneModel(GenerationState):

@@ -106,6 +106,17 @@ def test_answers_end_before_a_stop_sequence(served, client, stream: bool, length
     assert (text, end) == (want, "stop")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("strange", ["\U0001d7d8", "a\0"])
+def test_a_stop_sequence_that_no_token_makes_never_comes(served, client, stream: bool, strange: str) -> None:
+    whole = greedy(served, of_prompt(served, "the fox"), 30)
+    asked = {"model": "tiny", "prompt": "the fox", "max_tokens": 30, "temperature": 0, "stream": stream}
+    for stop, want in (([strange], whole), ([strange, whole[12:15]], whole[: whole.index(whole[12:15])])):
+        found = client.completions.create(**asked, stop=stop)
+        text = "".join(chunk.choices[0].text for chunk in found) if stream else found.choices[0].text
+        assert text == want
+
+
 def test_chat_answers_end_before_a_stop_sequence(served, client) -> None:
     whole = greedy(served, of_chat(served), 30)
     asked = {"model": "tiny", "messages": MESSAGES, "max_tokens": 30, "temperature": 0, "stop": whole[10:12]}
