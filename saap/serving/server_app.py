@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError  # which chat templates raise for roles and orders that they do not take
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -69,6 +70,23 @@ class _Completions(_Pinned, CompletionHandler):
 
 class _Chat(_Pinned, ChatCompletionHandler):
     pass
+
+
+class _Stream(StreamingResponse):
+    """A stream that ends its generation when it ends, even where no chunk of it was asked for.
+
+    A generator that was never started is closed without a word to what it would have closed.
+    """
+
+    def __init__(self, answer: StreamingResponse, asked: Asked) -> None:
+        super().__init__(openai_stream(answer.body_iterator, asked), media_type="text/event-stream")
+        self._gone = asked.gone
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._gone.set()
 
 
 def build_app(served: Served) -> FastAPI:
@@ -130,7 +148,7 @@ async def _answer(request: Request, handler: Any, kind: str) -> Response:
     identity = ("chatcmpl-" if kind == CHAT else "cmpl-") + uuid.uuid4().hex
     answer = await _unless_gone(request, _handled(handler, asked, identity))
     if isinstance(answer, StreamingResponse):
-        return StreamingResponse(openai_stream(answer.body_iterator, asked), media_type="text/event-stream")
+        return _Stream(answer, asked)
     return _cut(answer, asked)
 
 

@@ -77,11 +77,11 @@ def fit(config: GenerationConfig, prompt: int, model: PreTrainedModel) -> None:
 class Cancelled(StoppingCriteria):
     """Ends a generation at the next token once ``event`` is set."""
 
-    def __init__(self) -> None:
-        self.event = threading.Event()
+    def __init__(self, event: threading.Event) -> None:
+        self._event = event
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+        return torch.full((len(input_ids),), self._event.is_set(), device=input_ids.device)
 
 
 class StopTexts(StoppingCriteria):
@@ -114,21 +114,24 @@ class Generation(GenerateManager):
         self._model = model
 
     def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return super().submit(self._seeded(fn), *args, **kwargs)
+        return super().submit(self._for_request(fn), *args, **kwargs)
 
     def async_submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # the thread sets the result of a future that a client who left must not have cancelled
-        return asyncio.shield(super().async_submit(self._seeded(fn), *args, **kwargs))
+        return asyncio.shield(super().async_submit(self._for_request(fn), *args, **kwargs))
 
-    def _seeded(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        seed = ASKED.get().seed
-        if seed is None:
-            return fn
+    def _for_request(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """``fn`` with the request's seed, and not at all where its client left while others were answered."""
+        asked = ASKED.get()
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            if asked.gone.is_set():
+                return None
+            if asked.seed is None:
+                return fn(*args, **kwargs)
             devices = [self._model.device] if self._model.device.type == "cuda" else []
             with torch.random.fork_rng(devices):  # the next request without a seed is drawn anew
-                torch.manual_seed(seed)
+                torch.manual_seed(asked.seed)
                 return fn(*args, **kwargs)
 
         return run
@@ -154,19 +157,19 @@ class Generation(GenerateManager):
         **more: Any,
     ) -> Any:
         fit(gen_config, inputs["input_ids"].shape[-1], model)
-        gone = Cancelled()
-        inputs = {**inputs, "stopping_criteria": _criteria(processor, gone)}
+        inputs = {**inputs, "stopping_criteria": _criteria(processor)}
         try:
             return await super().generate_non_streaming(model, processor, inputs, gen_config, **more)
         except asyncio.CancelledError:
-            gone.event.set()
+            ASKED.get().gone.set()
             raise
 
 
-def _criteria(processor: Any, *more: StoppingCriteria) -> StoppingCriteriaList:
-    """What ends the generation of the request, ``more`` beside its stop sequences."""
-    stop = ASKED.get().stop
-    return StoppingCriteriaList([*more, StopTexts(processor, stop)] if stop else more)
+def _criteria(processor: Any) -> StoppingCriteriaList:
+    """What ends the generation of the request before its last token."""
+    asked = ASKED.get()
+    gone = Cancelled(asked.gone)
+    return StoppingCriteriaList([gone, StopTexts(processor, asked.stop)] if asked.stop else [gone])
 
 
 class OneModel(GenerationState):

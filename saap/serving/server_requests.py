@@ -1,9 +1,10 @@
 """What a request of OpenAI's API may ask of the server: checked before any work, refused with the field's name."""
 
 import json
+import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from saap.serving.server_body import SHOWN, Refused, check_values, shown
@@ -46,7 +47,8 @@ RESERVED_TEMPLATE_ARGUMENTS = (
 class Asked:
     """A checked request: the ``body`` that transformers' handlers get, and what the server does around them.
 
-    ``tokens`` None stands for the default of the ``kind``, cut to what the context leaves.
+    ``tokens`` None stands for the default of the ``kind``, cut to what the context leaves. ``gone`` is set once nobody
+    waits for the answer.
     """
 
     kind: str
@@ -56,6 +58,7 @@ class Asked:
     tokens: int | None
     seed: int | None
     stop: tuple[str, ...]
+    gone: threading.Event = field(default_factory=threading.Event)
 
 
 ASKED: ContextVar[Asked] = ContextVar("ASKED")  # of the request whose handler is running
