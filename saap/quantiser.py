@@ -56,6 +56,7 @@ class SaapConfig(QuantizationConfigMixin):
 
     @property
     def form(self) -> StoredForm:
+        """The same, as every reader of a checkpoint has it."""
         return StoredForm(self.bits, self.group_size, tuple(self.modules_to_not_convert))
 
     def __str__(self) -> str:

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError  # which chat templates raise for roles and orders that they do not take
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -142,7 +143,10 @@ def _read_answers_as_the_family(served: Served) -> None:
 
 async def _answer(request: Request, handler: Any, kind: str) -> Response:
     """Check a request, let transformers' handler answer it, and bring the answer into OpenAI's form."""
-    body = read_body(await request.body())
+    try:
+        body = read_body(await request.body())
+    except ClientDisconnect:
+        return Response(status_code=CLIENT_GONE)
     asked = check_request(body, kind, handler.served.name, handler.served.path)
     ASKED.set(asked)
     identity = ("chatcmpl-" if kind == CHAT else "cmpl-") + uuid.uuid4().hex

@@ -34,8 +34,9 @@ def context_length(config: PreTrainedConfig) -> int | None:
 def adjust(config: GenerationConfig, model_config: GenerationConfig) -> GenerationConfig:
     """Sampling as OpenAI means it, on a generation config that transformers' handler made from the request.
 
-    A temperature or top_p asks for sampling, 0 for the greedy choice; without both the model's own generation
-    config decides. ``top_k`` is not in OpenAI's API: only the model's own limits the choice, not transformers' 50.
+    A temperature or top_p asks for sampling, a temperature below COLDEST for the greedy choice; without both the
+    model's own generation config decides. ``top_k`` is not in OpenAI's API: only the model's
+    own limits the choice, not transformers' 50.
     """
     asked = ASKED.get()
     temperature, top_p = asked.body.get("temperature"), asked.body.get("top_p")

@@ -14,13 +14,7 @@ import saap
 from saap.serving.server import described, open_served
 from saap.serving.server_app import Served, build_app
 from tests.saap.tiny import FAMILIES, tiny_model, tiny_tokenizer
-from tests.serving.running import CONTEXT, MESSAGES, running, saved
-
-ASGI = {
-    "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
-    "query_string": b"", "headers": [], "scheme": "http", "server": ("test", 80), "client": ("test", 1),
-    "root_path": "",
-}  # fmt: skip
+from tests.serving.running import ASGI, CONTEXT, MESSAGES, running, saved
 
 
 def greedy(served: Served, ids: torch.Tensor, tokens: int) -> str:

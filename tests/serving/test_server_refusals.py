@@ -1,11 +1,14 @@
 """What ``saap serve`` refuses, in the form that OpenAI's client reads, and that it goes on afterwards."""
 
+import asyncio
+
 import httpx
 import openai
 import pytest
 
 from saap.serving.server import open_served
-from tests.serving.running import CONTEXT, MESSAGES, running, saved
+from saap.serving.server_app import build_app
+from tests.serving.running import ASGI, CONTEXT, MESSAGES, running, saved
 
 
 @pytest.mark.parametrize(
@@ -104,6 +107,21 @@ def test_values_that_json_holds_and_no_field_takes_are_refused_by_name(
         assert answer.status_code == 400 and message in error["message"] and len(error["message"]) < 300
         assert error["type"] == "invalid_request_error"
         assert error["param"] == (None if message.startswith("expected JSON") else field)
+
+
+def test_a_client_who_leaves_within_its_body_is_no_error_of_the_server(served) -> None:
+    scope = ASGI | {"path": "/v1/completions"}
+    parts = iter([{"type": "http.request", "body": b'{"prompt": "a', "more_body": True}, {"type": "http.disconnect"}])
+    sent: list[dict] = []
+
+    async def receive() -> dict:
+        return next(parts)
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    asyncio.run(build_app(served)(scope, receive, send))
+    assert sent[0]["status"] == 499
 
 
 def test_the_names_of_unknown_fields_are_shortened_and_unicode(client) -> None:
