@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from saap.evaluate import Evaluation
 from saap.plan import Plan
 from saap.quantised_config import in_words
-from saap.serving.gguf_architecture import architecture_of, refuse_misaligned, refuse_other_mathematics
-from saap.serving.targets import TARGETS, config_fault
+from saap.serving.gguf_architecture import refuse_misaligned
+from saap.serving.gguf_metadata import form_of
 from saap.stored_weight import METHOD
 from saap.units import Units
 
@@ -214,11 +214,8 @@ def _serving(model: PreTrainedModel, units: Units) -> str:
 def _gguf_type(model: PreTrainedModel, units: Units) -> str | None:
     """The type of weights that ``saap export --gguf`` writes of this model: its default, f16, or None for no file."""
     try:
-        architecture_of(units.family, units.layers, bool(model.config.tie_word_embeddings))
-        refuse_other_mathematics(model.config)
+        form_of(model.config, units.layers)
     except ValueError:
-        return None
-    if config_fault(TARGETS["llama.cpp"], model.config) is not None:  # rotary embeddings
         return None
     try:
         refuse_misaligned(units.layers, GGUF_TYPE)

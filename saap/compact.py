@@ -13,6 +13,7 @@ from saap.experts import cut_experts, experts_of
 from saap.families import Family, family_of, layers_of, linears_of, projections_by_linear
 from saap.layout import adopt, biases_of_stock, describe_as_stock, describe_as_template, is_template
 from saap.plan import LayerPlan, Plan
+from saap.serving.targets import check_config
 from saap.units import IN_PARTS, LayerUnits, discover, module_of
 
 PLAN_ATTRIBUTE = "saap_plan"
@@ -31,14 +32,15 @@ def compact(
     configuration can express it stays a stock model, otherwise its class becomes the generic
     template's. dtype, device and requires_grad are kept, tied embeddings stay tied.
 
-    Raises ValueError when the plan was made for another model, or the compensation for another plan; nothing
-    is changed then.
+    Raises ValueError when the plan was made for another model, the compensation for another plan, or when the target
+    that the plan was made for does not take the result; nothing is changed then.
     """
     units = discover(model)
     plan.check_model(units)
     if compensation is not None:
         compensation.check_plan(plan)
         plan = replace(plan, settings=plan.settings | compensation.settings)
+    check_config(plan.settings.get("target"), model.config, plan.settings.get("compensate", "none"))
     if copy:
         model = copying.deepcopy(model)
     family = family_of(model)

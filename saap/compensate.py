@@ -14,6 +14,7 @@ from saap.data import pack_for
 from saap.micro_batches import Progress
 from saap.plan import Plan
 from saap.scores import check_option
+from saap.serving.targets import check_config
 from saap.stream import Streaming, resolve_streaming
 from saap.thinned_linear import Replacement
 from saap.units import Units, discover
@@ -82,11 +83,13 @@ def compensation(
     torch.distributed group. Memory beyond the model: one block's Gram matrices in float64, the hidden states on
     the host, and the result. ``progress(done, total)`` counts this process's sequences times blocks times passes.
     The model is left as found. Raises ValueError before any pass for arguments, plans or data that do not fit,
-    and naming the layer for weights, hidden states or Gram matrices that are not finite or stay singular.
+    for biases that the plan's target does not take, and naming the layer for weights, hidden states or Gram matrices
+    that are not finite or stay singular.
     """
     _check_options(method, inputs, damping)
     units = discover(model)
     plan.check_model(units)
+    check_config(plan.settings.get("target"), model.config, method)
     _refuse_pruned_inputs(units, inputs)
     _check_experts(plan, method)
     if inputs == "auto":

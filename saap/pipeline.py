@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from saap import console
 from saap.calibrate import calibrate
@@ -145,6 +145,11 @@ class Job:
         plan, target = Plan.load(file), self.search_options.get("target")
         return plan if target is None else replace(plan, settings=plan.settings | {"target": target})
 
+    def check_target(self, config: PreTrainedConfig) -> None:
+        """Raise ValueError for what the target, the plan's own unless one is asked for, does not take of a model."""
+        given = {} if self.plan_file is None else self._plan(self.plan_file).settings
+        check_config(given.get("target", self.search_options.get("target")), config, self.compensate)
+
     def recipe(self) -> Recipe:
         """How each ratio is pruned; raises ValueError for a number of steps that is none."""
         return Recipe(
@@ -158,7 +163,7 @@ class Job:
         refuse_experts(units, self.compensate, self.compensation_inputs)
         for ratio in self.ratios:
             check_ratio(units, ratio, **self.search_options)
-        check_config(self.search_options.get("target"), model.config, self.compensate)
+        self.check_target(model.config)
         named_resource(self.search_options.get("resource", "parameters")).warn_of_dtype(model.dtype)
         if tokenizer is not None:
             check_tokenizer(model, tokenizer)

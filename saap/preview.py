@@ -12,7 +12,6 @@ from saap.micro_batches import fit_micro_batches
 from saap.pipeline import Job
 from saap.resources import Resource, named_resource
 from saap.search import check_ratio
-from saap.serving.targets import check_config
 from saap.stream import Streaming, streamed_bytes
 from saap.units import Units, discover
 
@@ -23,7 +22,7 @@ def preview(job: Job, model: PreTrainedModel) -> dict[str, Any]:
     refuse_experts(units, job.compensate, job.compensation_inputs)
     for ratio in job.ratios:
         check_ratio(units, ratio, **job.search_options)
-    check_config(job.search_options.get("target"), model.config, job.compensate)
+    job.check_target(model.config)
     _resource(job).warn_of_dtype(model.dtype)
     options, stream = job.calibration, job.calibration.get("stream")
     device, dtype, streamed = model.device, model.dtype, None

@@ -16,10 +16,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from saap.families import family_of
 from saap.gptq import quantise_weight
 from saap.quantised_linear import QuantisedLinear
+from saap.stored_form import VERSION, StoredForm, is_known, names_in
 from saap.stored_weight import GROUPS, METHOD, NAMES, stored_shapes
 from saap_kernels import pack
 
-VERSION = 1  # of the stored form
 ROUNDINGS = ("nearest", "clip", "gptq")  # see saap.quantise
 DTYPES = {4: "U8", 8: "I8"}  # of qweight, as safetensors calls them
 
@@ -48,25 +48,30 @@ class SaapConfig(QuantizationConfigMixin):
             found = ", ".join(sorted(others)) or f"quant_method {method!r}"
             raise ValueError(f"quantization_config: unknown settings for quant_method {METHOD!r}: {found}")
         check_bits(bits, group_size)
-        names = list(modules_to_not_convert or ()) if isinstance(modules_to_not_convert, Iterable | None) else [None]
-        if isinstance(modules_to_not_convert, str) or not all(isinstance(name, str) for name in names):
+        names = names_in(modules_to_not_convert)
+        if names is None:
             raise ValueError(f"modules_to_not_convert: expected a list of names, got {modules_to_not_convert!r}")
         self.quant_method, self.version, self.bits, self.group_size = METHOD, version, bits, group_size
-        self.modules_to_not_convert = names
+        self.modules_to_not_convert = list(names)
+
+    @property
+    def form(self) -> StoredForm:
+        """The same, as every reader of a checkpoint has it."""
+        return StoredForm(self.bits, self.group_size, tuple(self.modules_to_not_convert))
 
     def __str__(self) -> str:
-        return f"int{self.bits} in groups of {self.group_size}"
+        return str(self.form)
 
     def leaves(self, name: str) -> bool:
         """Whether the Linear of this name stays as it is."""
-        return any(name == each or name.endswith(f".{each}") for each in self.modules_to_not_convert)
+        return self.form.keeps(name)
 
 
 def check_bits(bits: int, group_size: int) -> None:
     """Raise ValueError unless a checkpoint can be quantised so."""
-    if type(bits) is not int or bits not in (8, 4):
+    if not is_known("bits", bits):
         raise ValueError(f"bits: expected 8 or 4, got {bits!r}")
-    if type(group_size) is not int or group_size not in GROUPS:
+    if not is_known("group_size", group_size):
         raise ValueError(f"group_size: expected one of {', '.join(map(str, GROUPS))}, got {group_size!r}")
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from saap.families import family_of, layers_of
 from saap.quantiser import SaapConfig
+from saap.stored_form import StoredForm, is_left
 from saap.stored_weight import METHOD, stored_shapes
 
 EXPERTS = ".experts."  # in the names of their tensors, in files and in models
@@ -32,8 +33,8 @@ class Quantisation:
         try:
             method = found["quant_method"]
             if method == METHOD:
-                read = SaapConfig(**found)
-                bits, group, kept = read.bits, read.group_size, tuple(read.modules_to_not_convert)
+                form = SaapConfig(**found).form
+                bits, group, kept = form.bits, form.group_size, form.kept
             elif method == "compressed-tensors" and found["format"] == "pack-quantized":
                 schemes = list(found["config_groups"].values())
                 if len(schemes) != 1:
@@ -54,7 +55,7 @@ class Quantisation:
 
     def keeps(self, name: str) -> bool:
         """Whether the module ``name`` is left as it was."""
-        return any(f".{name}".endswith(f".{each}") for each in self.kept)
+        return is_left(name, self.kept)
 
     def tensors(self, shape: tuple[int, int]) -> Shapes:
         """{name: shape} of what stands for a weight (N, K)."""
@@ -66,8 +67,8 @@ class Quantisation:
         return {"weight_packed": [rows, words], "weight_scale": scales, "weight_shape": [2]}
 
     def __str__(self) -> str:
-        form = "" if self.method == METHOD else f", {self.method} pack-quantized"
-        return f"int{self.bits} in groups of {self.group_size}{form}"
+        method = "" if self.method == METHOD else f", {self.method} pack-quantized"
+        return f"{StoredForm(self.bits, self.group_size)}{method}"
 
 
 def check_weights(files: list[Path], model: PreTrainedModel, quantised: Quantisation | None) -> dict[str, int]:

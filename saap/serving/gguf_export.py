@@ -19,14 +19,8 @@ from saap.checkpoint_files import weight_files
 from saap.families import PRUNED_PREFIX
 from saap.model_info import skeleton
 from saap.opening import has_tokenizer
-from saap.serving.gguf_architecture import (
-    Architecture,
-    architecture_of,
-    refuse_family,
-    refuse_misaligned,
-    refuse_other_mathematics,
-)
-from saap.serving.gguf_metadata import ROPE_FACTORS, context_of, rope_factors, rope_of, write_metadata
+from saap.serving.gguf_architecture import Architecture, refuse_family, refuse_misaligned
+from saap.serving.gguf_metadata import ROPE_FACTORS, context_of, form_of, write_metadata
 from saap.serving.gguf_tensors import QUANTISED, TYPES, Entry, Weights, entries, opened, stored_bytes, values_of
 from saap.serving.gguf_tokenizer import Vocabulary, vocabulary_of
 from saap.units import LayerUnits, discover
@@ -126,12 +120,9 @@ def _checked(folder: Path, kind: str, tell: Callable[[str], None]) -> _Model:
     _refuse_by_config(folder)
     model = skeleton(folder)
     config, layers = model.config, discover(model).layers
-    tied = bool(config.tie_word_embeddings)
-    architecture = architecture_of(str(config.model_type).removeprefix(PRUNED_PREFIX), layers, tied)
-    refuse_other_mathematics(config)
+    architecture, factors = form_of(config, layers)
     if kind in QUANTISED:
         refuse_misaligned(layers, kind)
-    factors = rope_factors(rope_of(config), architecture, layers[0].head_dim)
     vocabulary = None
     if has_tokenizer(folder):
         vocabulary = vocabulary_of(folder, config)
@@ -144,7 +135,7 @@ def _checked(folder: Path, kind: str, tell: Callable[[str], None]) -> _Model:
         config=config,
         layers=layers,
         architecture=architecture,
-        tied=tied,
+        tied=bool(config.tie_word_embeddings),
         factors=factors,
         context=context_of(config, tell),
         vocabulary=vocabulary,

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from saap.serving.gguf_architecture import Architecture
+from saap.families import PRUNED_PREFIX
+from saap.serving.gguf_architecture import Architecture, architecture_of, refuse_other_mathematics
 from saap.units import LayerUnits
 from saap.version import __version__
 
@@ -24,6 +25,17 @@ ROPES = {  # and the parameters that each needs
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 FACTORS_IN = ("llama", "deci")  # the architectures that read rope_freqs
+
+
+def form_of(config: PreTrainedConfig, layers: Sequence[LayerUnits]) -> tuple[Architecture, NDArray[np.float32] | None]:
+    """The architecture of a model's file and its rotary factors, see ``rope_factors``.
+
+    Raises ValueError, naming layer and size, for models that llama.cpp has no architecture for.
+    """
+    family = str(config.model_type).removeprefix(PRUNED_PREFIX)
+    architecture = architecture_of(family, layers, bool(config.tie_word_embeddings))
+    refuse_other_mathematics(config)
+    return architecture, rope_factors(rope_of(config), architecture, layers[0].head_dim)
 
 
 def rope_of(config: PreTrainedConfig) -> dict[str, Any]:

@@ -32,6 +32,7 @@ LAYER = {  # path in transformers' layer: path in llama.cpp's block
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+BASE = "model."  # what precedes, in the names of a model with a head, those of the model without
 EMBEDDING, NORM, OUTPUT = "token_embd.weight", "output_norm.weight", "output.weight"
 FUSED = tuple(f"self_attn.{part}_proj" for part in "qkv")
 
@@ -51,12 +52,16 @@ class Entry:
 
 
 class Weights:
-    """The tensors of safetensors files, read one at a time; ``wanted`` are those of the model and their shapes."""
+    """The tensors of safetensors files, read one at a time; ``wanted`` are those of the model and their shapes.
+
+    ``files`` are {name in the model: file}. A model that was saved without its head has names without BASE there.
+    """
 
     def __init__(
         self, files: Mapping[str, Path], handles: Mapping[Path, Any], wanted: Mapping[str, tuple[int, ...]]
     ) -> None:
         self._files, self._handles, self.wanted = files, handles, wanted
+        self._keys = {file: set(handle.keys()) for file, handle in handles.items()}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -66,7 +71,7 @@ class Weights:
         """Shape of a tensor, from its file's header; ValueError where it is missing, of other shape or no floats."""
         if name not in self._files:
             raise ValueError(f"expected a tensor {name} in the safetensors files, found none")
-        piece = self._handles[self._files[name]].get_slice(name)
+        piece = self._handles[self._files[name]].get_slice(self._key(name))
         if piece.get_dtype() not in FLOATS:
             raise ValueError(f"expected {name} of one of {', '.join(FLOATS)}, got {piece.get_dtype()}")
         shape = tuple(piece.get_shape())
@@ -77,12 +82,16 @@ class Weights:
     def read(self, name: str) -> NDArray[np.float32]:
         """A tensor in fp32; raises ValueError for NaN and inf."""
         try:
-            values = self._handles[self._files[name]].get_tensor(name).float().numpy()
+            values = self._handles[self._files[name]].get_tensor(self._key(name)).float().numpy()
         except SafetensorError as error:
             raise ValueError(f"{self._files[name]}: {name} cannot be read: {error}") from error
         if not np.isfinite(values).all():
             raise ValueError(f"expected finite weights, found NaN or inf in {name}")
         return values
+
+    def _key(self, name: str) -> str:
+        """What the tensor is called in its file."""
+        return name if name in self._keys[self._files[name]] else name.removeprefix(BASE)
 
 
 @contextmanager
@@ -97,6 +106,8 @@ def opened(files: Sequence[Path], wanted: Mapping[str, tuple[int, ...]]) -> Iter
                 found |= dict.fromkeys(handles[file].keys(), file)
             except SafetensorError as error:
                 raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+        bare = [key for key in found if key not in wanted and BASE + key in wanted and BASE + key not in found]
+        found |= {BASE + key: found.pop(key) for key in bare}
         yield Weights(found, handles, wanted)
 
 

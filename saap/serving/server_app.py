@@ -14,14 +14,17 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError  # which chat templates raise for roles and orders that they do not take
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import BaseHandler, Modality, get_response_template
 
 from saap.families import PRUNED_PREFIX
+from saap.serving.server_body import Refused, read_body, shown
 from saap.serving.server_generation import OneModel, adjust, context_length, cut
-from saap.serving.server_requests import ASKED, CHAT, COMPLETION, Asked, Refused, check_request
+from saap.serving.server_requests import ASKED, CHAT, COMPLETION, Asked, check_request
 from saap.serving.server_stream import openai_stream
 
 GENERATION_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
@@ -70,6 +73,23 @@ class _Chat(_Pinned, ChatCompletionHandler):
     pass
 
 
+class _Stream(StreamingResponse):
+    """A stream that ends its generation when it ends, even where no chunk of it was asked for.
+
+    A generator that was never started is closed without a word to what it would have closed.
+    """
+
+    def __init__(self, answer: StreamingResponse, asked: Asked) -> None:
+        super().__init__(openai_stream(answer.body_iterator, asked), media_type="text/event-stream")
+        self._gone = asked.gone
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._gone.set()
+
+
 def build_app(served: Served) -> FastAPI:
     """The FastAPI application that serves ``served`` and opens nothing that a request names."""
     app, created = FastAPI(title=f"SAAP: {served.name}"), int(time.time())
@@ -92,7 +112,7 @@ def build_app(served: Served) -> FastAPI:
     @app.get("/v1/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
         if name != served.name:
-            raise Refused(f"the model {name!r} does not exist: this server has {served.name!r}", "model", 404)
+            raise Refused(f"the model {shown(name)} does not exist: this server has {served.name!r}", "model", 404)
         return served.listed(created)
 
     @app.post("/v1/completions")
@@ -124,15 +144,15 @@ def _read_answers_as_the_family(served: Served) -> None:
 async def _answer(request: Request, handler: Any, kind: str) -> Response:
     """Check a request, let transformers' handler answer it, and bring the answer into OpenAI's form."""
     try:
-        body = await request.json()
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Refused(f"expected JSON as body: {error}") from error
+        body = read_body(await request.body())
+    except ClientDisconnect:
+        return Response(status_code=CLIENT_GONE)
     asked = check_request(body, kind, handler.served.name, handler.served.path)
     ASKED.set(asked)
     identity = ("chatcmpl-" if kind == CHAT else "cmpl-") + uuid.uuid4().hex
     answer = await _unless_gone(request, _handled(handler, asked, identity))
     if isinstance(answer, StreamingResponse):
-        return StreamingResponse(openai_stream(answer.body_iterator, asked), media_type="text/event-stream")
+        return _Stream(answer, asked)
     return _cut(answer, asked)
 
 

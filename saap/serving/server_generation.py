@@ -10,10 +10,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
-from saap.serving.server_requests import ASKED, CHAT, DEFAULT_TOKENS, Refused
+from saap.serving.server_body import Refused
+from saap.serving.server_requests import ASKED, CHAT, DEFAULT_TOKENS
+
+COLDEST = 1e-5  # temperatures below it are the greedy choice: fp32 scores divided by less can overflow
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -24,12 +34,13 @@ def context_length(config: PreTrainedConfig) -> int | None:
 def adjust(config: GenerationConfig, model_config: GenerationConfig) -> GenerationConfig:
     """Sampling as OpenAI means it, on a generation config that transformers' handler made from the request.
 
-    A temperature or top_p asks for sampling, 0 for the greedy choice; without both the model's own generation
-    config decides. ``top_k`` is not in OpenAI's API: only the model's own limits the choice, not transformers' 50.
+    A temperature or top_p asks for sampling, a temperature below COLDEST for the greedy choice; without both the
+    model's own generation config decides. ``top_k`` is not in OpenAI's API: only the model's
+    own limits the choice, not transformers' 50.
     """
     asked = ASKED.get()
     temperature, top_p = asked.body.get("temperature"), asked.body.get("top_p")
-    if temperature == 0:
+    if temperature is not None and temperature < COLDEST:
         config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
     elif temperature is not None or top_p is not None:
         config.do_sample = True
@@ -37,6 +48,8 @@ def adjust(config: GenerationConfig, model_config: GenerationConfig) -> Generati
         config.top_k = 0
     if biases := asked.body.get("logit_bias"):
         config.sequence_bias = {(int(token),): float(bias) for token, bias in biases.items()}
+    if asked.stop:
+        config.stop_strings = None  # ``StopTexts`` looks for them
     config.num_beams, config.num_return_sequences = 1, 1  # beams cannot be streamed
     config.max_length = config.min_length = None  # only max_new_tokens counts
     return config
@@ -65,11 +78,33 @@ def fit(config: GenerationConfig, prompt: int, model: PreTrainedModel) -> None:
 class Cancelled(StoppingCriteria):
     """Ends a generation at the next token once ``event`` is set."""
 
-    def __init__(self) -> None:
-        self.event = threading.Event()
+    def __init__(self, event: threading.Event) -> None:
+        self._event = event
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+        return torch.full((len(input_ids),), self._event.is_set(), device=input_ids.device)
+
+
+class StopTexts(StoppingCriteria):
+    """Ends a generation at its stop sequences; those that the tokenizer has no tokens for never come."""
+
+    def __init__(self, processor: Any, stops: tuple[str, ...]) -> None:
+        self._processor, self._stops = processor, stops
+        self._known: list[StopStringCriteria] | None = None  # slow to make: not before the generation, in its thread
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **more: Any) -> torch.Tensor:
+        if self._known is None:
+            self._known = self._made(self._stops)
+        found = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for criterion in self._known:
+            found = found | criterion(input_ids, scores, **more)
+        return found
+
+    def _made(self, stops: tuple[str, ...]) -> list[StopStringCriteria]:
+        try:
+            return [StopStringCriteria(self._processor, list(stops))]
+        except ValueError:  # of all together, for the sake of one
+            return [each for stop in stops for each in self._made((stop,))] if len(stops) > 1 else []
 
 
 class Generation(GenerateManager):
@@ -80,21 +115,24 @@ class Generation(GenerateManager):
         self._model = model
 
     def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return super().submit(self._seeded(fn), *args, **kwargs)
+        return super().submit(self._for_request(fn), *args, **kwargs)
 
     def async_submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # the thread sets the result of a future that a client who left must not have cancelled
-        return asyncio.shield(super().async_submit(self._seeded(fn), *args, **kwargs))
+        return asyncio.shield(super().async_submit(self._for_request(fn), *args, **kwargs))
 
-    def _seeded(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        seed = ASKED.get().seed
-        if seed is None:
-            return fn
+    def _for_request(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """``fn`` with the request's seed, and not at all where its client left while others were answered."""
+        asked = ASKED.get()
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            if asked.gone.is_set():
+                return None
+            if asked.seed is None:
+                return fn(*args, **kwargs)
             devices = [self._model.device] if self._model.device.type == "cuda" else []
             with torch.random.fork_rng(devices):  # the next request without a seed is drawn anew
-                torch.manual_seed(seed)
+                torch.manual_seed(asked.seed)
                 return fn(*args, **kwargs)
 
         return run
@@ -108,6 +146,7 @@ class Generation(GenerateManager):
         **more: Any,
     ) -> Any:
         fit(gen_config, inputs["input_ids"].shape[-1], model)
+        inputs = {**inputs, "stopping_criteria": _criteria(processor)}
         return super().generate_streaming(model, processor, inputs, gen_config, **more)
 
     async def generate_non_streaming(
@@ -119,13 +158,19 @@ class Generation(GenerateManager):
         **more: Any,
     ) -> Any:
         fit(gen_config, inputs["input_ids"].shape[-1], model)
-        gone = Cancelled()
-        inputs = {**inputs, "stopping_criteria": StoppingCriteriaList([gone])}
+        inputs = {**inputs, "stopping_criteria": _criteria(processor)}
         try:
             return await super().generate_non_streaming(model, processor, inputs, gen_config, **more)
         except asyncio.CancelledError:
-            gone.event.set()
+            ASKED.get().gone.set()
             raise
+
+
+def _criteria(processor: Any) -> StoppingCriteriaList:
+    """What ends the generation of the request before its last token."""
+    asked = ASKED.get()
+    gone = Cancelled(asked.gone)
+    return StoppingCriteriaList([gone, StopTexts(processor, asked.stop)] if asked.stop else [gone])
 
 
 class OneModel(GenerationState):

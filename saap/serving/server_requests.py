@@ -1,10 +1,13 @@
 """What a request of OpenAI's API may ask of the server: checked before any work, refused with the field's name."""
 
 import json
+import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from saap.serving.server_body import SHOWN, Refused, check_values, shown
 
 COMPLETION, CHAT = "completions", "chat completions"
 DEFAULT_TOKENS = {
@@ -12,6 +15,7 @@ DEFAULT_TOKENS = {
     CHAT: 1024,
 }  # OpenAI's; transformers', where OpenAI's is the context
 MOST_STOPS = 4  # as OpenAI
+MOST_DIGITS = 20  # of a token in logit_bias: more than any vocabulary needs
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # Fields that change the answer and that transformers' serving code does not know, with the values that ask for nothing.
@@ -39,19 +43,12 @@ RESERVED_TEMPLATE_ARGUMENTS = (
 )  # fmt: skip
 
 
-class Refused(Exception):
-    """A request that gets an error of OpenAI's form: HTTP ``status``, the ``field`` at fault and a ``code``."""
-
-    def __init__(self, message: str, field: str | None = None, status: int = 400, code: str | None = None) -> None:
-        super().__init__(message)
-        self.field, self.status, self.code = field, status, code
-
-
 @dataclass(frozen=True)
 class Asked:
     """A checked request: the ``body`` that transformers' handlers get, and what the server does around them.
 
-    ``tokens`` None stands for the default of the ``kind``, cut to what the context leaves.
+    ``tokens`` None stands for the default of the ``kind``, cut to what the context leaves. ``gone`` is set once nobody
+    waits for the answer.
     """
 
     kind: str
@@ -61,6 +58,7 @@ class Asked:
     tokens: int | None
     seed: int | None
     stop: tuple[str, ...]
+    gone: threading.Event = field(default_factory=threading.Event)
 
 
 ASKED: ContextVar[Asked] = ContextVar("ASKED")  # of the request whose handler is running
@@ -72,30 +70,35 @@ def check_request(body: object, kind: str, model: str, path: str) -> Asked:
         raise Refused(f"expected a JSON object as body, got {type(body).__name__}")
     given = {name: value for name, value in body.items() if value is not None and name not in IGNORED}
     for name, neutral in NEUTRAL.items():
-        if name in given and given.pop(name) not in neutral:
-            raise Refused(f"{name} is not supported by this server; leave it out", name)
+        if name in given and not _asks_for_nothing(value := given.pop(name), neutral):
+            like = " or ".join(json.dumps(each) for each in neutral)
+            raise Refused(f"{name} is not supported by this server: leave it out (or {like}), got {shown(value)}", name)
     named = given.pop("model", model)
     if named not in (model, path):
-        raise Refused(f"the model {named!r} does not exist: this server has {model!r}", "model", 404, "model_not_found")
+        raise Refused(
+            f"the model {shown(named)} does not exist: this server has {model!r}", "model", 404, "model_not_found"
+        )
     kept: dict[str, Any] = {"model": model, "stream": _stream(given)}
     options = given.pop("stream_options", None)
     for name, (expected, holds) in FIELDS[kind].items():
         if name in given:
             kept[name] = given.pop(name)
             if not holds(kept[name]):
-                raise Refused(f"{name}: expected {expected}, got {_shown(kept[name])}", name)
+                raise Refused(f"{name}: expected {expected}, got {shown(kept[name])}", name)
     if given:
-        raise Refused(f"this server knows no field {next(iter(given))!r} of {kind}", next(iter(given)))
+        unknown = next(iter(given))
+        raise Refused(f"this server knows no field {shown(unknown)} of {kind}", unknown[:SHOWN])
     needed = "prompt" if kind == COMPLETION else "messages"
     if needed not in kept:
         raise Refused(f"{needed}: missing", needed)
     if kind == COMPLETION and isinstance(kept["prompt"], list):
         kept["prompt"] = kept["prompt"][0]
-    for index, message in enumerate(kept.get("messages", ())):
-        _check_message(message, f"messages[{index}]")
+    if kind == CHAT:
+        kept["messages"] = [_checked(each, f"messages[{index}]") for index, each in enumerate(kept["messages"])]
     tokens = kept.pop("max_completion_tokens", None) or kept.get("max_tokens")
-    if not kept.get("stop"):
-        kept.pop("stop", None)
+    for name in ("stop", "logit_bias"):
+        if not kept.get(name):
+            kept.pop(name, None)
     stop = kept.get("stop") or ()
     return Asked(
         kind=kind,
@@ -108,10 +111,15 @@ def check_request(body: object, kind: str, model: str, path: str) -> Asked:
     )
 
 
+def _asks_for_nothing(value: object, neutral: tuple[Any, ...]) -> bool:
+    """Whether ``value`` is a neutral one; JSON's 0 is not its false, which Python takes for equal."""
+    return any(value == each and isinstance(value, bool) is isinstance(each, bool) for each in neutral)
+
+
 def _stream(given: dict[str, Any]) -> bool:
     stream = given.pop("stream", False)
     if not isinstance(stream, bool):
-        raise Refused(f"stream: expected true or false, got {_shown(stream)}", "stream")
+        raise Refused(f"stream: expected true or false, got {shown(stream)}", "stream")
     return stream
 
 
@@ -124,8 +132,8 @@ def _usage_asked(options: object, stream: bool) -> bool:
     return asked
 
 
-def _check_message(message: object, name: str) -> None:
-    """A message of text; parts that are none would be left out silently."""
+def _checked(message: object, name: str) -> dict[str, Any]:
+    """A message of text, without absent tool calls; parts that are none would be left out silently."""
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise Refused(f"{name}: expected a message whose role is one of {', '.join(ROLES)}", "messages")
     content = message.get("content")
@@ -135,27 +143,26 @@ def _check_message(message: object, name: str) -> None:
         raise Refused(f"{name}: expected text as content; this model reads nothing else", "messages")
     if content is None and not message.get("tool_calls"):
         raise Refused(f"{name}: missing content", "messages")
-    calls = message.get("tool_calls") or []
+    calls = message.get("tool_calls")
+    calls = [] if calls is None else calls
     if not isinstance(calls, list) or not all(
         isinstance(c, dict) and isinstance(c.get("function"), dict) for c in calls
     ):
         raise Refused(f"{name}: expected tool_calls to be a list of functions", "messages")
-    for call in calls:
-        if not isinstance(call["function"].get("name"), str) or not _is_object(call["function"].get("arguments")):
+    for index, call in enumerate(calls):
+        found = _parsed(call["function"].get("arguments"))
+        if not isinstance(call["function"].get("name"), str) or not isinstance(found, dict):
             raise Refused(f"{name}: expected tool_calls with a name and a JSON object as arguments", "messages")
+        check_values(f"{name}.tool_calls[{index}].function.arguments", found, "messages")
+    return {key: value for key, value in message.items() if key != "tool_calls" or calls}
 
 
-def _is_object(arguments: object) -> bool:
-    """Whether a tool call's arguments are a JSON object, as text or as they are."""
+def _parsed(arguments: object) -> object:
+    """A tool call's arguments, given as JSON's text or as they are; None for other text."""
     try:
-        return isinstance(json.loads(arguments) if isinstance(arguments, str) else arguments, dict)
-    except ValueError:
-        return False
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        return None
 
 
 def _number(low: float, high: float) -> Callable[[Any], bool]:
@@ -177,7 +184,11 @@ def _prompt(value: Any) -> bool:
 
 def _biases(value: Any) -> bool:
     holds = _number(-100, 100)
-    return isinstance(value, dict) and all(str(token).isdecimal() and holds(bias) for token, bias in value.items())
+    return isinstance(value, dict) and all(_token(token) and holds(bias) for token, bias in value.items())
+
+
+def _token(text: str) -> bool:
+    return text.isdecimal() and len(text) <= MOST_DIGITS
 
 
 def _template_arguments(value: Any) -> bool:
@@ -189,7 +200,7 @@ _SAMPLING: dict[str, Rule] = {
     "max_tokens": ("a number of tokens, at least 1", _whole(1, 2**31)),
     "temperature": ("a number from 0 (greedy) to 2", _number(0, 2)),
     "top_p": ("a number above 0, at most 1", lambda value: _number(0, 1)(value) and value > 0),
-    "seed": ("a whole number", _whole(-(2**63), 2**63 - 1)),
+    "seed": ("a whole number of 64 bits", _whole(-(2**63), 2**63 - 1)),
     "stop": (f"a text or a list of at most {MOST_STOPS} texts, none empty", _stops),
     # transformers takes 1 + it as repetition penalty
     "frequency_penalty": ("a number from 0 to 2", _number(0, 2)),

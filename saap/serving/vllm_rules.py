@@ -2,43 +2,20 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedConfig
 
 from saap.checkpoint_files import check_safetensors
-from saap.stored_weight import GROUPS, METHOD
+from saap.stored_form import StoredForm
 from saap.tensor_parallel import check_split
 from saap.units import LayerUnits
 
-VERSION = 1  # of quantised checkpoints
 _IN_A_LAYER = re.compile(r"(^|\.)layers\.\d+\.")
 
 
-@dataclass(frozen=True)
-class StoredFormat:
-    """What ``quantization_config`` of a checkpoint says; ``kept`` are ends of names of modules left as they were."""
-
-    bits: int
-    group_size: int
-    kept: tuple[str, ...] = ()
-
-    @classmethod
-    def read(cls, config: Mapping[str, Any]) -> "StoredFormat":
-        """Raises ValueError naming the key for what this version cannot read."""
-        for key, known in (("version", (VERSION,)), ("bits", (4, 8)), ("group_size", GROUPS)):
-            value = config.get(key)
-            if isinstance(value, bool) or value not in known:
-                choice = " or ".join(map(str, known))
-                raise ValueError(f'quantization_config ("{METHOD}"): expected {key} {choice}, got {value!r}')
-        kept = config.get("modules_to_not_convert") or ()
-        if isinstance(kept, str) or not isinstance(kept, Sequence) or not all(isinstance(name, str) for name in kept):
-            raise ValueError(
-                f'quantization_config ("{METHOD}"): expected modules_to_not_convert to be a list of names, got {kept!r}'
-            )
-        return cls(config["bits"], config["group_size"], tuple(kept))
+class StoredFormat(StoredForm):
+    """What ``quantization_config`` of a checkpoint says, asked by vLLM's names."""
 
     def quantises(self, name: str, fused: Mapping[str, Sequence[str]]) -> bool:
         """Whether the Linear ``name`` of a decoder layer is stored quantised.
@@ -50,7 +27,7 @@ class StoredFormat:
             return False
         owner, _, last = name.rpartition(".")
         parts = list(fused.get(last) or [last])
-        kept = [part for part in parts if any(f".{owner}.{part}".endswith(f".{each}") for each in self.kept)]
+        kept = [part for part in parts if self.keeps(f"{owner}.{part}")]
         if kept and len(kept) < len(parts):
             raise ValueError(
                 f"modules_to_not_convert leaves {', '.join(kept)} of {owner} as they were, but vLLM runs "

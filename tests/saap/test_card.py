@@ -12,6 +12,7 @@ from saap.serving.gguf_export import TYPES, export_gguf
 from tests.saap.test_checkpoint import make_plan
 from tests.saap.test_cli import run, workplace  # noqa: F401
 from tests.saap.tiny import FAMILIES, tiny_model
+from tests.serving.gguf_models import LLAMA3_ROPE
 
 
 def card(folder) -> ModelCard:
@@ -52,6 +53,34 @@ def test_a_card_advises_a_gguf_file_where_one_can_be_made(tmp_path, family: str,
     possible = family in ("llama", "mistral", "qwen2")  # the tiny qwen3 has biases, which llama.cpp's has not
     kind = "q8_0" if shape == "uniform" else "f16"  # the others have rows of no whole number of blocks
     assert told == ([kind] if possible else [])
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "shape", "told"),
+    [
+        ("qwen3", {"tie_word_embeddings": False}, "non-uniform", []),
+        ("qwen3", {"tie_word_embeddings": False}, "uniform", ["q8_0"]),
+        ("qwen3", {"tie_word_embeddings": True}, "non-uniform", ["f16"]),
+        ("qwen3", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}, "uniform", []),
+        ("qwen2", {"rope_parameters": LLAMA3_ROPE}, "whole", []),  # llama.cpp's qwen2 reads no factors
+        ("qwen2", {"rope_parameters": LLAMA3_ROPE}, "uniform", ["q8_0"]),  # of fewer heads: deci does
+        ("qwen2", {"rope_parameters": LLAMA3_ROPE}, "non-uniform", ["f16"]),
+        ("llama", {"rope_parameters": LLAMA3_ROPE}, "uniform", ["q8_0"]),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "uniform", []),
+        ("llama", {"hidden_act": "gelu"}, "uniform", []),
+    ],
+)
+def test_a_card_advises_a_gguf_file_by_the_check_of_the_export(tmp_path, family, overrides, shape, told) -> None:
+    model = tiny_model(
+        family, torch.float32, **{"attention_bias": False} | overrides if family == "qwen3" else overrides
+    )
+    saap.save(model if shape == "whole" else saap.compact(model, make_plan(model, shape)), tmp_path / "m")
+    assert [kind for kind in TYPES if GGUF + kind in card(tmp_path / "m").text] == told
+    if told:
+        assert export_gguf(tmp_path / "m", tmp_path / "m.gguf", type=told[0], tell=list).is_file()
+    else:
+        with pytest.raises(ValueError):
+            export_gguf(tmp_path / "m", tmp_path / "m.gguf", type="f16", tell=list)
 
 
 def test_base_model_data_and_perplexities_are_metadata(tmp_path) -> None:

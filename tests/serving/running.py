@@ -25,6 +25,11 @@ CHAT_TEMPLATE = (
 
 CONTEXT = 512  # room for answers that last long enough to leave in the middle
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what now"}]
+ASGI = {  # the scope of a POST, but for its path
+    "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
+    "query_string": b"", "headers": [], "scheme": "http", "server": ("test", 80), "client": ("test", 1),
+    "root_path": "",
+}  # fmt: skip
 
 
 def saved(folder, family: str = "llama", chat: bool = True, **overrides):

@@ -1,13 +1,16 @@
 """``--for`` on the command line: plans, sweeps, steps, given plans, and what is refused before any work."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import saap
 from saap.plan import Plan
+from saap.units import discover
 from tests.saap.test_cli import CALIBRATION, run
+from tests.saap.test_tensor_parallel import random_scores
 from tests.saap.tiny import tiny_tokenizer
 from tests.serving.test_targets import assert_taken, wide_model
 
@@ -90,6 +93,24 @@ def test_an_edited_plan_is_refused_with_the_layer(place, tmp_path) -> None:
     (tmp_path / "p").write_text(json.dumps(body))
     told = refused(run("prune", place / "dense", "--plan", tmp_path / "p", "--out", tmp_path / "out", code=2))
     assert "layer 2: target='llama.cpp' does not take 100 channels; expected a multiple of 32" in told
+
+
+@pytest.mark.parametrize("doing", [("--no-report",), ("--dry-run",)])
+def test_a_plan_remembers_the_target_that_its_execution_must_serve(tmp_path, doing: tuple) -> None:
+    model = wide_model("qwen3")
+    saap.save(model, tmp_path / "dense", tokenizer=tiny_tokenizer())
+    plan = saap.search(random_scores(discover(model)), 0.3, target="llama.cpp")
+    plan.save(tmp_path / "plan")
+    (tmp_path / "text.txt").write_text("the quick brown fox " * 400)
+    common = ("prune", tmp_path / "dense", "--plan", tmp_path / "plan", "--out", tmp_path / "out", *doing)
+    bias = ("--compensate", "bias", "--data", tmp_path / "text.txt", *CALIBRATION)
+    told = refused(run(*common, *bias, code=2))
+    assert "compensate='bias' contradicts target='llama.cpp', which takes a qwen3 without biases" in told
+    assert not (tmp_path / "out").exists()
+    run(*common, *bias, "--for", "vllm")  # the plan is then for that
+    older = replace(plan, settings={key: value for key, value in plan.settings.items() if key != "target"})
+    older.save(tmp_path / "plan")
+    run(*common, *bias, "--force")
 
 
 @pytest.mark.parametrize(

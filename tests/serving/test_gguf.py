@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import saap
 from saap.serving.gguf_export import export_gguf
 from saap.serving.gguf_tensors import Weights
 from tests.serving.gguf_models import (
@@ -24,6 +25,7 @@ from tests.serving.gguf_models import (
     LLAMA3_ROPE,
     UNIFORM,
     VOCABULARY,
+    model_of,
     saved,
 )
 
@@ -241,6 +243,30 @@ def test_sharded_checkpoints_and_tied_heads_that_were_saved_twice(tmp_path) -> N
     assert sharded.keys() == whole.keys()
     for name, values in whole.items():
         np.testing.assert_array_equal(sharded[name], values)
+
+
+@pytest.mark.parametrize("family, kept", [("llama", ALL), ("qwen2", DIFFERENT), ("qwen3", DIFFERENT)])
+def test_a_model_saved_without_its_head_makes_the_same_file(tmp_path, family, kept) -> None:
+    whole = export_gguf(saved(tmp_path / "a/model", family, kept, tie_word_embeddings=True), tmp_path / "a.gguf", "f16")
+    model = model_of(family, kept, tie_word_embeddings=True)
+    model.model.save_pretrained(tmp_path / "b/model")
+    names = set(load_file(tmp_path / "b/model/model.safetensors"))
+    assert "norm.weight" in names and not any(name.startswith("model.") for name in names)
+    assert saap.load(tmp_path / "b/model").num_parameters() == model.num_parameters()
+    assert export_gguf(tmp_path / "b/model", tmp_path / "b.gguf", "f16").read_bytes() == whole.read_bytes()
+
+
+def test_a_model_saved_without_the_head_that_it_needs_is_refused_by_the_head_s_name(tmp_path) -> None:
+    model_of("llama", ALL, tie_word_embeddings=False).model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="expected a tensor lm_head.weight in the safetensors files, found none"):
+        export_gguf(tmp_path / "model", tmp_path / "x.gguf", "f16")
+
+
+def test_a_tensor_under_both_names_is_not_taken_twice(tmp_path) -> None:
+    file = saved(tmp_path / "model", "llama") / "model.safetensors"
+    save_file(load_file(file) | {"norm.weight": torch.zeros(HIDDEN)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="no place for the tensor norm.weight"):
+        export_gguf(tmp_path / "model", tmp_path / "x.gguf", "f16")
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path) -> None:

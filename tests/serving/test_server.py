@@ -1,5 +1,7 @@
 """``saap serve`` asked by OpenAI's own client: answers, streams, refusals, and clients that leave."""
 
+import asyncio
+import json
 import threading
 
 import httpx
@@ -12,7 +14,7 @@ import saap
 from saap.serving.server import described, open_served
 from saap.serving.server_app import Served, build_app
 from tests.saap.tiny import FAMILIES, tiny_model, tiny_tokenizer
-from tests.serving.running import CONTEXT, MESSAGES, running, saved
+from tests.serving.running import ASGI, CONTEXT, MESSAGES, running, saved
 
 
 def greedy(served: Served, ids: torch.Tensor, tokens: int) -> str:
@@ -106,6 +108,17 @@ def test_answers_end_before_a_stop_sequence(served, client, stream: bool, length
     assert (text, end) == (want, "stop")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("strange", ["\U0001d7d8", "a\0"])
+def test_a_stop_sequence_that_no_token_makes_never_comes(served, client, stream: bool, strange: str) -> None:
+    whole = greedy(served, of_prompt(served, "the fox"), 30)
+    asked = {"model": "tiny", "prompt": "the fox", "max_tokens": 30, "temperature": 0, "stream": stream}
+    for stop, want in (([strange], whole), ([strange, whole[12:15]], whole[: whole.index(whole[12:15])])):
+        found = client.completions.create(**asked, stop=stop)
+        text = "".join(chunk.choices[0].text for chunk in found) if stream else found.choices[0].text
+        assert text == want
+
+
 def test_chat_answers_end_before_a_stop_sequence(served, client) -> None:
     whole = greedy(served, of_chat(served), 30)
     asked = {"model": "tiny", "messages": MESSAGES, "max_tokens": 30, "temperature": 0, "stop": whole[10:12]}
@@ -176,6 +189,44 @@ def test_a_client_who_leaves_ends_the_generation(served, client, stream: bool) -
         assert steps[0] < tokens
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"), [("completions", {"prompt": "a"}), ("chat/completions", {"messages": MESSAGES})]
+)
+@pytest.mark.parametrize("queued", [False, True])
+def test_a_client_gone_before_its_first_chunk_ends_the_generation(served, path: str, asked: dict, queued: bool) -> None:
+    app, steps, room = build_app(served), [0], CONTEXT - 100
+
+    async def leave() -> None:
+        """Send a request and be gone as soon as it was read, while another is generated if ``queued``."""
+        body = json.dumps(asked | {"max_tokens": room, "stream": True}).encode()
+        sent, scope = iter([{"type": "http.request", "body": body, "more_body": False}]), ASGI | {"path": f"/v1/{path}"}
+
+        async def receive() -> dict:
+            return next(sent, {"type": "http.disconnect"})
+
+        async def send(message: dict) -> None:
+            await asyncio.sleep(0)  # as where the client reads slowly: nothing asked for a chunk yet
+
+        await app(scope, receive, send)
+
+    async def all_of_it() -> None:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test/v1/") as client:
+            first = asyncio.create_task(client.post("completions", json={"prompt": "b", "max_tokens": 40}))
+            while queued and not steps[0]:
+                await asyncio.sleep(0.001)
+            await leave()
+            await first
+            await client.post("completions", json={"prompt": "b", "max_tokens": 2})  # behind what nobody waits for
+
+    hook = served.model.register_forward_pre_hook(lambda *_: steps.__setitem__(0, steps[0] + 1))
+    try:
+        asyncio.run(all_of_it())
+    finally:
+        hook.remove()
+    assert steps[0] == 42 if queued else 42 <= steps[0] < room
 
 
 def test_an_error_while_streaming_reaches_the_client_whole(served, client) -> None:

@@ -120,6 +120,27 @@ def test_a_plan_of_layers_that_differ_is_refused_where_one_size_is_needed() -> N
         replace(plan, settings=plan.settings | {"target": "llama.cpp"})
 
 
+@pytest.mark.parametrize(
+    ("family", "overrides", "message"),
+    [
+        ("qwen3", {}, "compensate='bias' contradicts target='llama.cpp', which takes a qwen3 without biases"),
+        ("mistral", {"hidden_act": "gelu"}, "target='llama.cpp' takes MLPs with silu or swish, got gelu"),
+    ],
+)
+def test_what_a_plan_of_sizes_cannot_know_is_checked_when_it_is_executed(family, overrides, message: str) -> None:
+    model = wide_model(family, **overrides)
+    plan = search(random_scores(discover(model)), 0.3, target="llama.cpp")
+    ids = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=message):
+        saap.compensation(model, plan, data=ids, method="bias", samples=4, seq_len=32)
+    made = saap.compensation(model, replace(plan, settings={}), data=ids, method="bias", samples=4, seq_len=32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        saap.compact(model, plan, made)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert saap.compact(model, replace(plan, settings={}), made) is model
+
+
 def test_layers_without_attention_are_refused_where_a_target_needs_one() -> None:
     layers = (layer_of(4, 1, 64), layer_of(0, 0, 64))
     blocks = sum(layer.parameters(module) for layer in layers for module in ("attention", "mlp"))
