@@ -91,6 +91,13 @@ def recover(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.training, by the same settings.")
     ] = False,
+    finish: Annotated[
+        bool,
+        typer.Option(
+            "--finish",
+            help="Train no further: take the best step of the checkpoints in OUT.training, by the same settings.",
+        ),
+    ] = False,
     report: Annotated[bool, typer.Option(help="Write saap_report.html beside the weights.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, show steps and sizes, do nothing.")] = False,
     force: Force = False,
@@ -119,7 +126,7 @@ def recover(
         asked |= {} if bits is None else {"bits": None if bits == 16 else bits}
         job = Job(
             str(folder), out, data, settled(asked, teacher is not None), teacher, _held_out(held_out), eval_text,
-            dtype, resume, report, force, given_command(invoked),
+            dtype, resume, report, force, given_command(invoked), finish,
         )  # fmt: skip
         job.check_files()
         if dry_run:

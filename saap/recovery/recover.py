@@ -5,8 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,16 +19,14 @@ from saap.packed_mlp import is_accelerated
 from saap.quantised_linear import is_quantised
 from saap.quantiser import SaapConfig
 from saap.recovery.distillation import check_teacher
+from saap.recovery.history import History
 from saap.recovery.schedule import Schedule
 from saap.recovery.settings import Settings
-from saap.recovery.training_folder import kept_if_it_fails, refuse_differences
+from saap.recovery.training_folder import check_folder, kept_if_it_fails
 from saap.recovery.training_text import TrainingText, pack_to_train
 from saap.refuse import refuse_meta, refuse_nonfinite_weights, refuse_unsupported
 from saap.stopwatch import Stopwatch
 from saap.undo import Undo
-
-if TYPE_CHECKING:  # transformers' Trainer, which needs accelerate, is imported when it trains
-    from saap.recovery.trainer import History
 
 Progress = Callable[[int, int], Any]
 HELD_OUT = 0.05  # of the sequences
@@ -46,7 +43,7 @@ class Recovered:
 
     model: PreTrainedModel
     settings: Settings
-    history: "History"
+    history: History
     sequences: int
     held_out: int
     timings: dict[str, float] = field(default_factory=dict)
@@ -74,6 +71,7 @@ def recover(
     held_out: Any = HELD_OUT,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    finish: bool = False,
     progress: Progress | None = None,
     said: Callable[[int, float], Any] | None = None,
     stage: Callable[[str], Any] | None = None,
@@ -87,23 +85,26 @@ def recover(
     share of the sequences of ``data``, rounded to whole ones and taken from their end, that is evaluated instead of
     trained on; 0: none.
     ``folder`` keeps checkpoints, and ``resume`` goes on from the last one there; without it they are temporary, and
-    stay only where training fails, whose error says where.
+    stay only where training fails, whose error says where. ``finish`` trains no further: it merges the best parameters
+    kept there (without held-out text the last), of a training that stopped on its way.
     ``stage`` hears what begins, "quantising" and "training", of which ``progress(done, total)`` counts the Linears or
     blocks and the steps, and ``said(step, loss)`` each step's loss.
 
     Raises ValueError, FileNotFoundError or FileExistsError with nothing changed for settings, text, a tokenizer or
     models that do not fit, and for a ``folder`` that does not; RuntimeError for packages that are not installed.
-    A model whose training fails is left with what was attached to it: load it again, and go on with ``resume``.
+    A model whose training fails is left with what was attached to it: load it again, and go on with ``resume``,
+    or with ``finish`` where it would fail again.
     """
     wanted = settled(settings, teacher is not None)
     check_models(model, teacher, wanted)
     if tokenizer is not None:
         check_tokenizer(model, tokenizer)
-    check_folder(folder, resume, wanted)
+    check_folder(folder, resume, wanted.to_dict(), finish)
     text, kept = texts(model, tokenizer, data, held_out, wanted)
     check_budget(text, wanted)
     with kept_if_it_fails() if folder is None else nullcontext(folder) as checkpoints:
-        return tune(model, text, kept, wanted, teacher, checkpoints, resume, Told(progress, said, stage))
+        told = Told(progress, said, stage)
+        return tune(model, text, kept, wanted, teacher, checkpoints, resume, told, finish)
 
 
 def settled(settings: dict[str, Any], has_teacher: bool) -> Settings:
@@ -188,27 +189,6 @@ def _check_quantised(model: PreTrainedModel, settings: Settings) -> None:
         )
 
 
-def check_folder(folder: str | os.PathLike[str] | None, resume: bool, settings: Settings) -> None:
-    """Raise unless ``folder`` is free for checkpoints, or holds those of a training by ``settings`` to go on from."""
-    if folder is None:
-        if resume:
-            raise ValueError("resume goes on from the checkpoints of a folder: expected folder, got none")
-        if launched()[1] > 1:
-            raise ValueError("several processes share their checkpoints: expected folder, got none")
-        return
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file; expected a directory for checkpoints")
-    if resume:
-        if not path.is_dir():
-            raise FileNotFoundError(f"no training to go on from: there is no {path}; start without resume (--resume)")
-        refuse_differences(path, {"settings": settings.to_dict()})
-    elif path.is_dir() and any(path.iterdir()) and launched()[0] == 0:
-        raise FileExistsError(
-            f"{path} holds an earlier training: go on with resume (--resume), or use force (--force) to start anew"
-        )
-
-
 def texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, data: Any, held_out: Any, settings: Settings
 ) -> tuple[TrainingText, TrainingText | None]:
@@ -246,7 +226,7 @@ def _part(text: TrainingText, which: slice) -> TrainingText:
 @torch.inference_mode(False)
 def tune(
     model: PreTrainedModel, text: TrainingText, held_out: TrainingText | None, settings: Settings,
-    teacher: PreTrainedModel | None, folder: str | os.PathLike[str], resume: bool, told: Told,
+    teacher: PreTrainedModel | None, folder: str | os.PathLike[str], resume: bool, told: Told, finish: bool = False,
 ) -> Recovered:  # fmt: skip
     """``recover`` of what its checks have passed: a model, packed text and settled settings."""
     from saap.recovery.attach import attach  # what they need is not needed by others
@@ -265,11 +245,12 @@ def tune(
             undo.eval_mode(teacher)
             undo.freeze(teacher.parameters())
         attached = attach(model, settings)
-        told.begin("training")
+        if not finish:
+            told.begin("training")
         with watch("train"):
             history = train(
                 attached.model, text, held_out, settings, folder=folder, teacher=teacher, resume=resume,
-                progress=told.progress, said=told.said,
+                finish=finish, progress=told.progress, said=told.said,
             )  # fmt: skip
         with watch("merge"):
             done = attached.finish().eval()

@@ -15,9 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from saap.distributed import launched
 from saap.plan import write_atomically
 
 LEARNED = "learned.safetensors"
+STATE = "trainer_state.json"  # transformers' name for it
 SETTINGS = "settings.json"
 UNFINISHED = ".unfinished"  # where a checkpoint is written before it is moved to its name
 PREFIX = "checkpoint-"  # transformers' name for them, before the step
@@ -62,18 +64,59 @@ def restore_learned(model: nn.Module, folder: Path) -> None:
             tensor.copy_(saved[name])
 
 
-def open_folder(folder: Path, record: Record, resume: bool) -> Path | None:
+def read_log(checkpoint: Path) -> list[dict[str, float]]:
+    """What the training had logged up to a checkpoint; ValueError naming a file that is damaged."""
+    file = checkpoint / STATE
+    try:
+        log = json.loads(file.read_text(encoding="utf-8"))["log_history"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file}: the file is damaged: {error!r}") from error
+    return list(log)
+
+
+def check_folder(folder: str | os.PathLike[str] | None, resume: bool, settings: Record, finish: bool = False) -> None:
+    """Raise unless ``folder`` is free for checkpoints, or holds those of a training by ``settings`` to go on from."""
+    if folder is None:
+        if resume or finish:
+            raise ValueError("resume and finish go on from the checkpoints of a folder: expected folder, got none")
+        if launched()[1] > 1:
+            raise ValueError("several processes share their checkpoints: expected folder, got none")
+        return
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file; expected a directory for checkpoints")
+    if resume or finish:
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"no training to go on from: there is no {path}; start without resume (--resume) or finish (--finish)"
+            )
+        refuse_differences(path, {"settings": settings})
+        _refuse_none_to_finish(path, finish)
+    elif path.is_dir() and any(path.iterdir()) and launched()[0] == 0:
+        raise FileExistsError(
+            f"{path} holds an earlier training: go on with resume (--resume), or use force (--force) to start anew"
+        )
+
+
+def _refuse_none_to_finish(folder: Path, finish: bool) -> None:
+    if finish and last_checkpoint(folder) is None:
+        raise FileNotFoundError(f"no checkpoint to finish from in {folder}: go on with resume (--resume)")
+
+
+def open_folder(folder: Path, record: Record, resume: bool, finish: bool = False) -> Path | None:
     """Make ``folder`` that of a run described by ``record``; the checkpoint to go on from when one is resumed.
 
-    None starts from the beginning. Raises FileExistsError for a directory with something in it unless ``resume``,
-    then FileNotFoundError for one without a run, and ValueError listing each difference to the run that is in it.
+    None starts from the beginning. Raises FileExistsError for a directory with something in it unless ``resume`` or
+    ``finish``, then FileNotFoundError for one without a run, or without a checkpoint to finish from, and ValueError
+    listing each difference to the run that is in it.
     """
-    if not resume:
+    if not (resume or finish):
         if folder.exists() and (folder.is_file() or any(folder.iterdir())):
             raise FileExistsError(f"{folder} exists already: resume the training in it, or remove it to start anew")
         write_atomically(folder / SETTINGS, json.dumps(record, indent=2) + "\n")
         return None
     refuse_differences(folder, record)
+    _refuse_none_to_finish(folder, finish)
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     return last_checkpoint(folder)
 

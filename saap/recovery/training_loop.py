@@ -21,6 +21,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from saap.distributed import gathered, rank, sum_over_ranks, world_size
 from saap.recovery import sharded
 from saap.recovery.distillation import Objective
+from saap.recovery.history import best_step, out_of_patience
 from saap.recovery.schedule import rise_and_fall
 from saap.recovery.training_folder import (
     UNFINISHED,
@@ -29,30 +30,13 @@ from saap.recovery.training_folder import (
     learned,
     restore_learned,
     save_learned,
+    step_of,
 )
 from saap.recovery.training_text import IGNORED, TrainingText
-
-Log = list[dict[str, float]]
 
 
 class NotFinite(RuntimeError):
     """A loss, a gradient or a parameter that is NaN or infinite."""
-
-
-def evaluated(log: Log) -> list[tuple[int, float]]:
-    """(step, held-out loss) of every evaluation in a trainer's log."""
-    return [(int(entry["step"]), entry["eval_loss"]) for entry in log if "eval_loss" in entry]
-
-
-def best_step(log: Log, last: int) -> int:
-    """The step of the lowest held-out loss, the earliest of them; without held-out text the ``last``."""
-    return min(evaluated(log), key=lambda each: each[1], default=(last, 0.0))[0]
-
-
-def out_of_patience(log: Log, patience: int | None) -> bool:
-    """Whether the last ``patience`` evaluations were none of them the best."""
-    steps = [step for step, _ in evaluated(log)]
-    return patience is not None and bool(steps) and steps.index(best_step(log, 0)) < len(steps) - patience
 
 
 class RecoveryTrainer(Trainer):
@@ -150,7 +134,13 @@ class RecoveryTrainer(Trainer):
 
     def _stopped(self, reason: str) -> str:
         last = last_checkpoint(self.folder)
-        return f"training stopped: {reason}; the last good checkpoint is " + (f"{last}" if last else "none")
+        if last is None:
+            return f"training stopped: {reason}; there is no checkpoint before it"
+        best = best_step(self.state.log_history, step_of(last))
+        return (
+            f"training stopped: {reason}; the last good checkpoint is {last}. A resume would meet the same: finish "
+            f"(--finish), with all else as it was, makes the model from step {best} without training on"
+        )
 
     # ---- checkpoints ----
 
