@@ -22,6 +22,7 @@ from saap.evaluate import Evaluation, evaluate
 from saap.memory import weight_bytes
 from saap.opening import open_model, open_tokenizer
 from saap.plan import Plan
+from saap.recovery.checked_folder import check_folder
 from saap.recovery.distillation import check_tokenizers
 from saap.recovery.recover import (
     Recovered,
@@ -33,7 +34,7 @@ from saap.recovery.recover import (
 )
 from saap.recovery.report import described_recovery, recovery_rows
 from saap.recovery.settings import Settings
-from saap.recovery.training_folder import PREFIX, SETTINGS, UNFINISHED, check_folder, last_checkpoint
+from saap.recovery.training_folder import PREFIX, SETTINGS, UNFINISHED, last_checkpoint
 from saap.recovery.training_text import TrainingText
 from saap.report import REPORT_FILE, drawn_into, shown_name
 from saap.stopwatch import Stopwatch

@@ -18,11 +18,12 @@ from saap.families import family_of
 from saap.packed_mlp import is_accelerated
 from saap.quantised_linear import is_quantised
 from saap.quantiser import SaapConfig
+from saap.recovery.checked_folder import check_folder
 from saap.recovery.distillation import check_teacher
 from saap.recovery.history import History
 from saap.recovery.schedule import Schedule
 from saap.recovery.settings import Settings
-from saap.recovery.training_folder import check_folder, kept_if_it_fails
+from saap.recovery.training_folder import kept_if_it_fails
 from saap.recovery.training_text import TrainingText, pack_to_train
 from saap.refuse import refuse_meta, refuse_nonfinite_weights, refuse_unsupported
 from saap.stopwatch import Stopwatch

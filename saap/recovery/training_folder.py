@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from saap.distributed import launched
 from saap.plan import write_atomically
 
 LEARNED = "learned.safetensors"
@@ -74,31 +73,8 @@ def read_log(checkpoint: Path) -> list[dict[str, float]]:
     return list(log)
 
 
-def check_folder(folder: str | os.PathLike[str] | None, resume: bool, settings: Record, finish: bool = False) -> None:
-    """Raise unless ``folder`` is free for checkpoints, or holds those of a training by ``settings`` to go on from."""
-    if folder is None:
-        if resume or finish:
-            raise ValueError("resume and finish go on from the checkpoints of a folder: expected folder, got none")
-        if launched()[1] > 1:
-            raise ValueError("several processes share their checkpoints: expected folder, got none")
-        return
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file; expected a directory for checkpoints")
-    if resume or finish:
-        if not path.is_dir():
-            raise FileNotFoundError(
-                f"no training to go on from: there is no {path}; start without resume (--resume) or finish (--finish)"
-            )
-        refuse_differences(path, {"settings": settings})
-        _refuse_none_to_finish(path, finish)
-    elif path.is_dir() and any(path.iterdir()) and launched()[0] == 0:
-        raise FileExistsError(
-            f"{path} holds an earlier training: go on with resume (--resume), or use force (--force) to start anew"
-        )
-
-
-def _refuse_none_to_finish(folder: Path, finish: bool) -> None:
+def refuse_none_to_finish(folder: Path, finish: bool) -> None:
+    """Raise FileNotFoundError where there is no checkpoint to ``finish`` from."""
     if finish and last_checkpoint(folder) is None:
         raise FileNotFoundError(f"no checkpoint to finish from in {folder}: go on with resume (--resume)")
 
@@ -116,7 +92,7 @@ def open_folder(folder: Path, record: Record, resume: bool, finish: bool = False
         write_atomically(folder / SETTINGS, json.dumps(record, indent=2) + "\n")
         return None
     refuse_differences(folder, record)
-    _refuse_none_to_finish(folder, finish)
+    refuse_none_to_finish(folder, finish)
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     return last_checkpoint(folder)
 

@@ -206,8 +206,9 @@ class RecoveryTrainer(Trainer):
             sharded.load_optimizer(self.model, self.optimizer, Path(checkpoint))
         else:
             assert self.optimizer is not None
-            state = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
-            self.optimizer.load_state_dict(state)
+            file = Path(checkpoint, OPTIMIZER_NAME)
+            if self.state.global_step or file.exists():  # before the first step there is nothing in it
+                self.optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
 
