@@ -1,17 +1,18 @@
 """``saap recover``."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from saap import console
-from saap.cli.options import AsJson, Debug, Dtype, Force, given_command
+from saap.cli.options import AsJson, Debug, Dtype, Force, given_command, given_names
 from saap.data import FORMS
 from saap.preview import report_dry_run
 from saap.recovery.job import Job
 from saap.recovery.recover import HELD_OUT, settled
-from saap.recovery.settings import HIDDEN, LEARNING_RATES, MEASURED, Settings
+from saap.recovery.settings import HIDDEN, LEARNING_RATES, MEASURED, Settings, asked_for, refuse_rounding
 
 DEFAULT = Settings()
 RATES = ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
@@ -124,9 +125,15 @@ def recover(
             "patience": patience or None, "seed": seed,
         }  # fmt: skip
         asked |= {} if bits is None else {"bits": None if bits == 16 else bits}
+        asked = {
+            name: value for name, value in asked.items() if name in given_names(invoked)
+        }  # the others have defaults
+        held = _held_out(held_out)
+        settings = settled(asked, teacher is not None, held)
+        refuse_rounding(asked_for(asked), _quantisation(folder))
         job = Job(
-            str(folder), out, data, settled(asked, teacher is not None), teacher, _held_out(held_out), eval_text,
-            dtype, resume, report, force, given_command(invoked), finish,
+            str(folder), out, data, settings, teacher, held, eval_text, dtype, resume, report, force,
+            given_command(invoked), finish,
         )  # fmt: skip
         job.check_files()
         if dry_run:
@@ -135,6 +142,14 @@ def recover(
         done = job.run()
         if done is not None:
             done.print(as_json)
+
+
+def _quantisation(folder: Path) -> Any:
+    """How the weights of a model directory are quantised, as far as that can be read."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError):  # of which loading it tells
+        return None
 
 
 def _held_out(text: str) -> str | float:

@@ -22,7 +22,7 @@ from saap.recovery.checked_folder import check_folder
 from saap.recovery.distillation import check_teacher
 from saap.recovery.history import History
 from saap.recovery.schedule import Schedule
-from saap.recovery.settings import Settings
+from saap.recovery.settings import Settings, asked_for, refuse_rounding, refuse_unused
 from saap.recovery.training_folder import kept_if_it_fails
 from saap.recovery.training_text import TrainingText, pack_to_train
 from saap.refuse import refuse_meta, refuse_nonfinite_weights, refuse_unsupported
@@ -78,7 +78,8 @@ def recover(
     stage: Callable[[str], Any] | None = None,
     **settings: Any,
 ) -> Recovered:
-    """Tune a pruned ``model`` on ``data``, in place; ``settings`` are those of ``Settings``, and so are their defaults.
+    """Tune a pruned ``model`` on ``data``, in place; ``settings`` are those of ``Settings``, and so are their defaults;
+    those that the method or the objective does not read are refused, None being none.
 
     Without ``bits`` those are 4 for method "groupwise", and None for the others. A model that is quantised already, to
     the bits and groups asked for, is tuned as it is. ``teacher`` is the dense model for distillation, in eval mode and
@@ -96,8 +97,9 @@ def recover(
     A model whose training fails is left with what was attached to it: load it again, and go on with ``resume``,
     or with ``finish`` where it would fail again.
     """
-    wanted = settled(settings, teacher is not None)
+    wanted = settled(settings, teacher is not None, held_out)
     check_models(model, teacher, wanted)
+    refuse_rounding(asked_for(settings), is_quantised(model))
     if tokenizer is not None:
         check_tokenizer(model, tokenizer)
     check_folder(folder, resume, wanted.to_dict(), finish)
@@ -108,7 +110,7 @@ def recover(
         return tune(model, text, kept, wanted, teacher, checkpoints, resume, told, finish)
 
 
-def settled(settings: dict[str, Any], has_teacher: bool) -> Settings:
+def settled(settings: dict[str, Any], has_teacher: bool, held_out: Any = None) -> Settings:
     """The settings that are asked for, with all that depends on others decided; errors as ``recover``."""
     method = settings.get("method", "groupwise")
     wanted = Settings.from_dict({"bits": 4 if method == "groupwise" else None} | settings)
@@ -120,13 +122,8 @@ def settled(settings: dict[str, Any], has_teacher: bool) -> Settings:
         objective = "distillation" if has_teacher else "next_token"
     if objective == "distillation" and not has_teacher:
         raise ValueError("objective distillation follows a dense teacher: expected teacher (--teacher), got none")
-    weights = [name for name in ("next_token", "hidden") if getattr(wanted, name)]  # one that is None is not asked for
-    if objective == "next_token" and weights:
-        raise ValueError(
-            f"{' and '.join(weights)}: expected 0 where nothing is distilled; "
-            + ("objective next_token leaves the teacher alone" if has_teacher else "there is no teacher (--teacher)")
-        )
     wanted = replace(wanted, objective=objective)
+    refuse_unused(asked_for(settings), wanted, has_teacher, held_out)
     return replace(wanted, hidden=wanted.hidden_weight)
 
 
