@@ -17,7 +17,6 @@ from saap.distributed import launched
 from saap.families import family_of
 from saap.packed_mlp import is_accelerated
 from saap.quantised_linear import is_quantised
-from saap.quantiser import SaapConfig
 from saap.recovery.checked_folder import check_folder
 from saap.recovery.distillation import check_teacher
 from saap.recovery.history import History
@@ -132,8 +131,10 @@ def check_models(model: PreTrainedModel, teacher: PreTrainedModel | None, settin
     refuse_unsupported(model, quantised=True)
     refuse_meta(model)
     _check_positions(model, "the model", settings.seq_len)
+    from saap.recovery.attach import refuse_other_quantisation
+
     if is_quantised(model):
-        _check_quantised(model, settings)
+        refuse_other_quantisation(model, settings)
     else:
         refuse_nonfinite_weights(model, family_of(model))
     if settings.method == "groupwise":
@@ -168,23 +169,6 @@ def _check_positions(model: PreTrainedModel, name: str, seq_len: int) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and seq_len > positions:
         raise ValueError(f"seq_len: expected at most the {positions} positions of {name}, got {seq_len}")
-
-
-def _check_quantised(model: PreTrainedModel, settings: Settings) -> None:
-    found = model.config.quantization_config
-    found = SaapConfig(**found) if isinstance(found, dict) else found
-    if settings.bits is None:
-        other = "" if settings.method == "full" else f"bits {found.bits} (--bits), or "
-        raise ValueError(
-            f"the model is quantised ({found}), which method {settings.method} with bits None does not tune: give "
-            f"{other}the model that it was made from"
-        )
-    if (settings.bits, settings.group_size) != (found.bits, found.group_size):
-        asked = f"int{settings.bits} in groups of {settings.group_size}"
-        raise ValueError(
-            f"the model is quantised already: expected settings of {found} (--bits {found.bits} --group-size "
-            f"{found.group_size}), got {asked}"
-        )
 
 
 def texts(

@@ -92,8 +92,8 @@ def test_a_quantised_directory_is_tuned_as_it_is(workplace, tmp_path) -> None:
     arguments = ("--data", workplace / "text.txt", *SMALL, "--epochs", 0.3, "--group-size", 64)
     refused = run("recover", tmp_path / "q", *arguments, "--out", tmp_path / "out", code=2)
     assert (
-        "expected settings of int8 in groups of 64 (--bits 8 --group-size 64), got int4 in groups of 64"
-        in refused.stderr
+        "expected settings of int8 in groups of 64 (--bits 8 --group-size 64), as model.layers.0.self_attn.q_proj is, "
+        "got int4 in groups of 64" in refused.stderr
     )
     asked = (*arguments, "--bits", 8, "--out", tmp_path / "out")
     dry = json.loads(run("recover", tmp_path / "q", *asked, "--dry-run", "--json").stdout)
