@@ -11,8 +11,9 @@ from saap.cli.options import AsJson, Debug, Dtype, Force, given_command, given_n
 from saap.data import FORMS
 from saap.preview import report_dry_run
 from saap.recovery.job import Job
-from saap.recovery.recover import HELD_OUT, settled
+from saap.recovery.recover import settled
 from saap.recovery.settings import HIDDEN, LEARNING_RATES, MEASURED, Settings, asked_for, refuse_rounding
+from saap.recovery.split_text import HELD_OUT
 
 DEFAULT = Settings()
 RATES = ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
@@ -23,7 +24,7 @@ METHOD = (
 )
 HELD = (
     "Text to evaluate while training, whose best step's parameters are taken, or the share of the sequences of --data "
-    "(whole ones, from their end) to hold out for that; 0: none, and the last step's are taken."
+    f"(whole ones, from their end) to hold out for that; 0: none, and the last step's are taken. Default: {HELD_OUT}."
 )
 
 
@@ -79,7 +80,7 @@ def recover(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")
     ] = False,
-    held_out: Annotated[str, typer.Option(metavar="TEXT|SHARE", help=HELD)] = str(HELD_OUT),
+    held_out: Annotated[str | None, typer.Option(metavar="TEXT|SHARE", help=HELD)] = None,
     evaluate_every: Annotated[
         int | None, typer.Option(help="Steps between evaluations and checkpoints. Default: ten in all.")
     ] = None,
@@ -152,8 +153,10 @@ def _quantisation(folder: Path) -> Any:
         return None
 
 
-def _held_out(text: str) -> str | float:
+def _held_out(text: str | None) -> str | float | None:
     """A share, or the name of a text."""
+    if text is None:
+        return None
     try:
         return float(text)
     except ValueError:

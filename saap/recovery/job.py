@@ -29,11 +29,11 @@ from saap.recovery.recover import (
     Told,
     check_budget,
     check_models,
-    texts,
     tune,
 )
 from saap.recovery.report import described_recovery, recovery_rows
 from saap.recovery.settings import Settings
+from saap.recovery.split_text import few_held_out, texts
 from saap.recovery.training_folder import PREFIX, SETTINGS, UNFINISHED, last_checkpoint
 from saap.recovery.training_text import TrainingText
 from saap.report import REPORT_FILE, drawn_into, shown_name
@@ -148,7 +148,17 @@ class Job:
         check_tokenizer(model, tokenizer)
         text, kept = texts(model, tokenizer, self.data, self.held_out, self.settings)
         check_budget(text, self.settings)
+        if launched()[0] == 0:
+            self._tell(text, kept)
         return model, tokenizer, teacher, text, kept
+
+    def _tell(self, text: TrainingText, kept: TrainingText | None) -> None:
+        """How much text there is, and how much of it is held out."""
+        found, few = 0 if kept is None else len(kept), few_held_out(kept, self.held_out)
+        told = [f"{len(text):,} sequences of {self.settings.seq_len} tokens to train on, {found:,} held out"]
+        told += [] if few is None else [f"warning: {few}"]
+        for line in told:
+            console.screen.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _open(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, PreTrainedModel | None]:
         if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:

@@ -1,6 +1,7 @@
 """``saap.recover``: quantise, attach what learns, train, merge."""
 
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,14 +23,14 @@ from saap.recovery.distillation import check_teacher
 from saap.recovery.history import History
 from saap.recovery.schedule import Schedule
 from saap.recovery.settings import Settings, asked_for, refuse_rounding, refuse_unused
+from saap.recovery.split_text import few_held_out, texts
 from saap.recovery.training_folder import kept_if_it_fails
-from saap.recovery.training_text import TrainingText, pack_to_train
+from saap.recovery.training_text import TrainingText
 from saap.refuse import refuse_meta, refuse_nonfinite_weights, refuse_unsupported
 from saap.stopwatch import Stopwatch
 from saap.undo import Undo
 
 Progress = Callable[[int, int], Any]
-HELD_OUT = 0.05  # of the sequences
 PACKAGES = {"groupwise": ("accelerate",), "lora": ("accelerate", "peft"), "full": ("accelerate",)}
 ROUNDING_SAMPLES = 128  # sequences that rounding by "gptq" looks at
 
@@ -68,7 +69,7 @@ def recover(
     data: Any,
     *,
     teacher: PreTrainedModel | None = None,
-    held_out: Any = HELD_OUT,
+    held_out: Any = None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
     finish: bool = False,
@@ -84,7 +85,7 @@ def recover(
     the bits and groups asked for, is tuned as it is. ``teacher`` is the dense model for distillation, in eval mode and
     frozen meanwhile; objective "next_token" leaves it alone. ``held_out`` is text (any form ``data`` may have), or the
     share of the sequences of ``data``, rounded to whole ones and taken from their end, that is evaluated instead of
-    trained on; 0: none.
+    trained on; 0: none, None: 5 %, but at least 16 of them, or a quarter where that is less; a warning tells of fewer.
     ``folder`` keeps checkpoints, and ``resume`` goes on from the last one there; without it they are temporary, and
     stay only where training fails, whose error says where. ``finish`` trains no further: it merges the best parameters
     kept there (without held-out text the last), of a training that stopped on its way.
@@ -104,6 +105,9 @@ def recover(
     check_folder(folder, resume, wanted.to_dict(), finish)
     text, kept = texts(model, tokenizer, data, held_out, wanted)
     check_budget(text, wanted)
+    few = few_held_out(kept, held_out)
+    if few is not None:
+        warnings.warn(few, stacklevel=2)
     with kept_if_it_fails() if folder is None else nullcontext(folder) as checkpoints:
         told = Told(progress, said, stage)
         return tune(model, text, kept, wanted, teacher, checkpoints, resume, told, finish)
@@ -171,38 +175,9 @@ def _check_positions(model: PreTrainedModel, name: str, seq_len: int) -> None:
         raise ValueError(f"seq_len: expected at most the {positions} positions of {name}, got {seq_len}")
 
 
-def texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, data: Any, held_out: Any, settings: Settings
-) -> tuple[TrainingText, TrainingText | None]:
-    """What is trained on and what is evaluated, packed; errors as ``recover``."""
-    share = 0.0
-    if isinstance(held_out, (int, float)):
-        share = float(held_out)
-        if not 0 <= share < 1:
-            raise ValueError(f"held_out: expected text, or a share of the sequences in [0, 1); got {held_out!r}")
-    options = {"seq_len": settings.seq_len, "seed": settings.seed}
-    most = None if settings.tokens is None else int(settings.tokens / (1 - share)) + settings.seq_len
-    text = pack_to_train(model, tokenizer, data, **options, most_tokens=most)
-    if held_out is not None and not isinstance(held_out, (int, float)):
-        try:
-            return text, pack_to_train(model, tokenizer, held_out, **options)
-        except ValueError as error:
-            raise ValueError(f"held-out text: {error}") from error
-    kept = round(share * len(text))
-    if kept == len(text):
-        raise ValueError(f"held_out: expected a share that leaves sequences to train on, {share} takes all {kept}")
-    if not kept:
-        return text, None
-    return _part(text, slice(None, -kept)), _part(text, slice(-kept, None))
-
-
 def check_budget(text: TrainingText, settings: Settings) -> int:
     """The steps to train; ValueError for none, or for batches that the processes of torchrun cannot share."""
     return Schedule.of(settings, len(text), launched()[1]).steps
-
-
-def _part(text: TrainingText, which: slice) -> TrainingText:
-    return TrainingText(text.input_ids[which], text.labels[which])
 
 
 @torch.inference_mode(False)

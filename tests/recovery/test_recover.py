@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import saap
-from saap.recovery.recover import settled, texts
 from tests.saap.test_checkpoint import make_plan
 from tests.saap.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
@@ -139,18 +138,6 @@ def test_temporary_checkpoints_stay_where_training_fails(tmp_path, monkeypatch) 
         recovered(epochs=1.0, evaluate_every=1, rank=3, folder=kept, resume=True, stage=pytest.fail)
     found = recovered(epochs=1.0, evaluate_every=1, folder=kept, resume=True)
     assert found.history.losses == straight.history.losses
-
-
-def test_the_held_out_share_is_the_end_of_the_text_in_whole_sequences() -> None:
-    model, settings = pruned(), settled(SMALL, False)
-    text, kept = texts(model, None, ids(40), 0.05, settings)
-    assert torch.equal(text.input_ids, ids(40)[:38]) and torch.equal(kept.input_ids, ids(40)[38:])
-    text, kept = texts(model, None, ids(9), 0.05, settings)  # 0.45 sequences are none
-    assert len(text) == 9 and kept is None
-    text, kept = texts(model, None, ids(9), ids(3, seed=1), settings)
-    assert len(text) == 9 and len(kept) == 3
-    text, kept = texts(model, None, ids(40), 0.5, settled(SMALL | {"tokens": 128}, False))
-    assert len(text) * 16 >= 128 and len(text) + len(kept) < 40  # what is behind is not read
 
 
 def _wrapped(model) -> Any:
