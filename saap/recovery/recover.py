@@ -184,8 +184,9 @@ def check_budget(text: TrainingText, settings: Settings) -> int:
 def tune(
     model: PreTrainedModel, text: TrainingText, held_out: TrainingText | None, settings: Settings,
     teacher: PreTrainedModel | None, folder: str | os.PathLike[str], resume: bool, told: Told, finish: bool = False,
+    lasting: bool = True,
 ) -> Recovered:  # fmt: skip
-    """``recover`` of what its checks have passed: a model, packed text and settled settings."""
+    """``recover`` of what its checks have passed; ``lasting`` as of ``train``."""
     from saap.recovery.attach import attach  # what they need is not needed by others
     from saap.recovery.trainer import train
 
@@ -207,7 +208,7 @@ def tune(
         with watch("train"):
             history = train(
                 attached.model, text, held_out, settings, folder=folder, teacher=teacher, resume=resume,
-                finish=finish, progress=told.progress, said=told.said,
+                finish=finish, lasting=lasting, progress=told.progress, said=told.said,
             )  # fmt: skip
         with watch("merge"):
             done = attached.finish().eval()

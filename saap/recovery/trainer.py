@@ -47,6 +47,7 @@ def train(
     teacher: nn.Module | None = None,
     resume: bool = False,
     finish: bool = False,
+    lasting: bool = True,
     progress: Callable[[int, int], Any] | None = None,
     said: Callable[[int, float], Any] | None = None,
 ) -> History:
@@ -56,7 +57,9 @@ def train(
     ``folder`` keeps what the training is (``settings.json``) and its last and best checkpoints, each with the learned
     parameters, not the model, and all that the optimizer and the schedule need; ``resume`` goes on from the last: on a
     CPU with the same losses, bit for bit. ``finish`` trains no further and takes the best of the checkpoints there,
-    of a training that stopped on its way. ``progress(done, total)`` and ``said(step, loss)`` hear of every step.
+    of a training that stopped on its way. A folder that is not ``lasting`` is gone afterwards: nothing is told of going
+    on from it, and weights are not hashed to know them again, which takes a second per GiB. ``progress(done, total)``
+    and ``said(step, loss)`` hear of every step.
 
     Under torchrun each process trains on its part of every batch, and the gradients are averaged; with accelerate's
     FSDP (``accelerate launch --use_fsdp --fsdp_version 2``) a copy of the model is sharded, and the model itself stays
@@ -77,14 +80,19 @@ def train(
     with process_group(), _quiet():
         distillation = _distillation(model, teacher, settings)
         schedule = Schedule.of(settings, len(text), world_size())
-        record = _record(model, text, held_out, settings, distillation)
+        hashed = lasting or world_size() > 1  # several processes compare theirs
+        record = _record(model, text, held_out, settings, distillation, hashed)
         check_agreement(_flat(record))
         checkpoint = on_first_rank(lambda: open_folder(target, record, resume, finish))
         if finish and checkpoint is not None:
             return _taken(model, read_log(checkpoint), settings, schedule, target)
         try:
-            return _trained(model, text, held_out, settings, schedule, distillation, target, checkpoint, progress, said)
+            return _trained(
+                model, text, held_out, settings, schedule, distillation, target, checkpoint, lasting, progress, said
+            )
         except KeyboardInterrupt:
+            if not lasting:
+                raise
             last = last_checkpoint(target)
             kept = f"resume (--resume) goes on from {last.name} in {target}" if last else "nothing is lost"
             raise KeyboardInterrupt(f"interrupted; {kept}") from None
@@ -120,7 +128,7 @@ def _distillation(model: nn.Module, teacher: nn.Module | None, settings: Setting
 
 def _record(
     model: nn.Module, text: TrainingText, held_out: TrainingText | None, settings: Settings,
-    distillation: Distillation | None,
+    distillation: Distillation | None, hashed: bool,
 ) -> Record:  # fmt: skip
     """What a resumed training, and all processes of one, must have in common."""
     return {
@@ -128,8 +136,8 @@ def _record(
         "text": text.fingerprint,
         "held_out_text": None if held_out is None else held_out.fingerprint,
         "learns": {name: list(tensor.shape) for name, tensor in learned(model).items()},
-        "frozen_weights": frozen_fingerprint(model),
-        "teacher": None if distillation is None else weights_fingerprint(distillation.teacher),
+        "frozen_weights": frozen_fingerprint(model) if hashed else None,
+        "teacher": weights_fingerprint(distillation.teacher) if hashed and distillation is not None else None,
     }
 
 
@@ -140,7 +148,7 @@ def _flat(record: Record) -> Record:
 
 def _trained(
     model: nn.Module, text: TrainingText, held_out: TrainingText | None, settings: Settings, schedule: Schedule,
-    distillation: Distillation | None, folder: Path, checkpoint: Path | None,
+    distillation: Distillation | None, folder: Path, checkpoint: Path | None, lasting: bool,
     progress: Callable[[int, int], Any] | None, said: Callable[[int, float], Any] | None,
 ) -> History:  # fmt: skip
     from saap.recovery import training_loop as loop
@@ -162,7 +170,7 @@ def _trained(
                 text,
                 order_of(len(text), schedule.steps * settings.batch_size, settings.seed),
                 held_out,
-                every=schedule.every, patience=settings.patience, progress=progress, said=said,
+                every=schedule.every, patience=settings.patience, lasting=lasting, progress=progress, said=said,
             )  # fmt: skip
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         log = trainer.state.log_history

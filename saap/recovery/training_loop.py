@@ -43,8 +43,8 @@ class RecoveryTrainer(Trainer):
     """Trains what requires grad in an ``Objective``'s model, on sequences in the ``order`` that is given.
 
     ``order`` holds the numbers of the sequences of all steps: the loop has one epoch, whatever the text has.
-    Checkpoints hold these parameters, not the model. ``progress(done, total)`` and ``said(step, loss)`` hear of every
-    step, on the first process; nothing is printed.
+    Checkpoints hold these parameters, not the model; they are ``lasting`` if errors are to tell of them.
+    ``progress(done, total)`` and ``said(step, loss)`` hear of every step, on the first process; nothing is printed.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class RecoveryTrainer(Trainer):
         *,
         every: int,
         patience: int | None,
+        lasting: bool = True,
         progress: Callable[[int, int], Any] | None = None,
         said: Callable[[int, float], Any] | None = None,
     ) -> None:
@@ -64,7 +65,7 @@ class RecoveryTrainer(Trainer):
         self.control: TrainerControl
         super().__init__(model=objective, args=args, callbacks=[_Flow(self, every, patience, progress, said)])
         self.remove_callback(PrinterCallback)
-        self.objective, self.folder = objective, Path(args.output_dir)
+        self.objective, self.folder, self.lasting = objective, Path(args.output_dir), lasting
         self.text, self.order, self.held_out = text, order, held_out
         self.model_accepts_loss_kwargs = True  # losses here are sums over the tokens of the whole step
         self.started, self.writing = time.monotonic(), False
@@ -133,6 +134,8 @@ class RecoveryTrainer(Trainer):
         super().log(logs, start_time)
 
     def _stopped(self, reason: str) -> str:
+        if not self.lasting:
+            return f"training stopped: {reason}"
         last = last_checkpoint(self.folder)
         if last is None:
             return f"training stopped: {reason}; there is no checkpoint before it"
