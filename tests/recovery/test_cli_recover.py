@@ -13,8 +13,8 @@ from tokenizers import models
 
 import saap
 from saap import console
+from tests.saap.command_line import run
 from tests.saap.test_card import card
-from tests.saap.test_cli import run
 from tests.saap.test_distributed import RUN
 from tests.saap.tiny import tiny_model, tiny_tokenizer
 

@@ -8,8 +8,8 @@ import torch
 import saap
 from saap.card import Made, recovery_in
 from tests.recovery.test_cli_recover import recover, workplace  # noqa: F401
+from tests.saap.command_line import run
 from tests.saap.test_card import card
-from tests.saap.test_cli import run
 from tests.saap.tiny import tiny_model, tiny_tokenizer
 
 

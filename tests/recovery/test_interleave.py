@@ -11,8 +11,9 @@ from saap.recovery import interleave
 from saap.recovery.training_loop import RecoveryTrainer
 from saap.steps import Recipe, prune_in_steps
 from tests.recovery.test_recover import ids
+from tests.saap.command_line import run
 from tests.saap.test_card import card
-from tests.saap.test_cli import prune, run, workplace  # noqa: F401
+from tests.saap.test_cli import prune, workplace  # noqa: F401
 from tests.saap.tiny import tiny_model
 
 CALIBRATION = {"samples": 4, "seq_len": 16}

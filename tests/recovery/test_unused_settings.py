@@ -9,7 +9,7 @@ import saap
 from saap.cli.recover import recover as command
 from saap.recovery.settings import Settings
 from tests.recovery.test_recover import ids, pruned
-from tests.saap.test_cli import run
+from tests.saap.command_line import run
 from tests.saap.tiny import tiny_model
 
 OF_BITS = "belongs to bits 4 and 8 of methods groupwise and lora, got method"

@@ -7,7 +7,8 @@ import torch
 
 import saap
 from saap.plan import Plan
-from tests.saap.test_cli import CALIBRATION, run
+from tests.saap.command_line import run
+from tests.saap.test_cli import CALIBRATION
 from tests.saap.tiny import tiny_tokenizer
 from tests.serving.test_targets import assert_taken, wide_model
 
