@@ -126,9 +126,8 @@ def recover(
             "patience": patience or None, "seed": seed,
         }  # fmt: skip
         asked |= {} if bits is None else {"bits": None if bits == 16 else bits}
-        asked = {
-            name: value for name, value in asked.items() if name in given_names(invoked)
-        }  # the others have defaults
+        given = given_names(invoked)
+        asked = {name: value for name, value in asked.items() if name in given}  # the others have their defaults
         held = _held_out(held_out)
         settings = settled(asked, teacher is not None, held)
         refuse_rounding(asked_for(asked), _quantisation(folder))

@@ -119,21 +119,17 @@ class Job:
         steps = check_budget(text, self.settings)
         settings = self.settings.to_dict() | {"learning_rate": self.settings.rate(model.config.hidden_size)}
         last = last_checkpoint(self.training) if self.finish else None
-        finishes = {} if last is None else {"finishes_from": last.name}
-        return (
-            {name: value for name, value in settings.items() if value is not None}
-            | finishes
-            | {
-                "parameters": elements(model),
-                "weight_bytes": weight_bytes(model),
-                "sequences": len(text),
-                "held_out_sequences": 0 if kept is None else len(kept),
-                "steps": steps,
-                "tokens": steps * self.settings.batch_size * self.settings.seq_len,
-                "checkpoints": str(self.training),
-                "outputs": [str(self.out)],
-            }
-        )
+        told = {name: value for name, value in settings.items() if value is not None}
+        return told | ({} if last is None else {"finishes_from": last.name}) | {
+            "parameters": elements(model),
+            "weight_bytes": weight_bytes(model),
+            "sequences": len(text),
+            "held_out_sequences": 0 if kept is None else len(kept),
+            "steps": steps,
+            "tokens": steps * self.settings.batch_size * self.settings.seq_len,
+            "checkpoints": str(self.training),
+            "outputs": [str(self.out)],
+        }  # fmt: skip
 
     def _ready(self) -> Ready:
         """Everything that is needed, checked."""

@@ -79,7 +79,7 @@ def recover(
     **settings: Any,
 ) -> Recovered:
     """Tune a pruned ``model`` on ``data``, in place; ``settings`` are those of ``Settings``, and so are their defaults;
-    those that the method or the objective does not read are refused, None being none.
+    those that the method or the objective does not read are refused unless they are None.
 
     Without ``bits`` those are 4 for method "groupwise", and None for the others. A model that is quantised already, to
     the bits and groups asked for, is tuned as it is. ``teacher`` is the dense model for distillation, in eval mode and

@@ -51,9 +51,9 @@ def few_held_out(kept: TrainingText | None, held_out: Any) -> str | None:
     found = 0 if kept is None else len(kept)
     if found >= FEWEST or (not found and held_out is not None):
         return None
-    came = f"only {found} sequence{'s' * (found > 1)}" if found else "no sequence"
+    came = f"{found} sequence{'s are' if found > 1 else ' is'}" if found else "no sequence is"
     taken = "which step is taken, and when training stops, goes by noise" if found else "the last step is taken"
-    return f"{came} held out, of {FEWEST} at least: {taken}; give more text, or held_out (--held-out) text of its own"
+    return f"{came} held out, fewer than {FEWEST}: {taken}; give more text, or held_out (--held-out) text of its own"
 
 
 def _tokens_to_read(settings: Settings, share: float | None) -> int | None:

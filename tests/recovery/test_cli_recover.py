@@ -221,7 +221,7 @@ def test_force_starts_anew_over_what_a_training_left(workplace, tmp_path, monkey
 
 
 def test_two_processes_train_as_one_does_and_the_first_saves(workplace, tmp_path) -> None:
-    options = ["--json", "--epochs", "2", "--teacher", workplace / "dense", "--eval", workplace / "held.txt"]
+    options = ["--json", "--epochs", "1", "--teacher", workplace / "dense", "--eval", workplace / "held.txt"]
     one = json.loads(recover(workplace, *options, "--out", tmp_path / "one").stdout)
     command = [*RUN, "recover", workplace / "pruned", "--data", workplace / "text.txt", *SMALL, *options]
     done = subprocess.run(

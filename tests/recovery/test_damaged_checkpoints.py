@@ -10,6 +10,8 @@ from saap.recovery.training_folder import last_checkpoint
 from tests.recovery.test_cli_recover import recover, workplace  # noqa: F401
 from tests.recovery.test_recover import ids, recovered
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* held out, fewer")  # of so few sequences
+
 # a rate that makes the model worse than it came
 OPTIONS = {"held_out": ids(6, seed=1), "epochs": 2.0, "evaluate_every": 2, "patience": None, "learning_rate": 1.0}
 STATES = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]

@@ -16,6 +16,8 @@ from tests.recovery.test_recover import ids, pruned, recovered
 from tests.recovery.training_cases import learner, some_settings, some_text
 from tests.saap.test_card import card
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* held out, fewer")  # of so few sequences
+
 
 def nan_at(monkeypatch, last: int) -> None:
     """Every training meets a loss that is none in the step after the ``last``."""

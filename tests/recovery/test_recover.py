@@ -12,6 +12,8 @@ import saap
 from tests.saap.test_checkpoint import make_plan
 from tests.saap.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* held out, fewer")  # of so few sequences
+
 SMALL = {"seq_len": 16, "batch_size": 4, "rank": 2, "alpha": 4.0, "learning_rate": 5e-3, "epochs": 3.0}
 
 

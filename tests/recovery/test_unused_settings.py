@@ -12,6 +12,8 @@ from tests.recovery.test_recover import ids, pruned
 from tests.saap.command_line import run
 from tests.saap.tiny import tiny_model
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* held out, fewer")  # of so few sequences
+
 OF_BITS = "belongs to bits 4 and 8 of methods groupwise and lora, got method"
 NO_TEACHER = "objective distillation, got objective next_token: there is no teacher (--teacher)"
 CASES = [
