@@ -90,7 +90,7 @@ def recovered(ground: Ground, settings: Settings) -> tuple[PreTrainedModel, int]
     settings = _with_highest_rank(ground.model, settings)
     teacher = ground.dense if settings.objective == DISTILLED else None
     model = copy.deepcopy(ground.model)
-    done = saap.recover(model, ground.tokenizer, ground.data, teacher=teacher, held_out=0, **settings.to_dict())
+    done = saap.recover(model, ground.tokenizer, ground.data, teacher=teacher, held_out=0, **settings.used())
     return done.model, done.history.tokens
 
 

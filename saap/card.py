@@ -20,6 +20,9 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_DATA = "hub:"
 HERE = "THIS_DIRECTORY"
 GGUF_TYPE = "q8_0"
+CARD_FILE = "README.md"
+MAKING = "## How it was made"
+TUNED_ON, RECOVERY, ROUNDING, PLAN, KEPT = "tuned on", "recovery", "rounding of weights", "plan", "kept units"
 
 
 @dataclass(frozen=True)
@@ -151,20 +154,35 @@ def _quantisation(model: PreTrainedModel) -> dict[str, Any]:
 def _making(plan: Plan | None, made: Made) -> list[str]:
     rows = [] if hub_name(made.base) is None else [("base model", made.base)]
     if made.data is not None:
-        rows.append(("tuned on" if made.recovery else "calibration text", told_name(made.data)))
+        rows.append((TUNED_ON if made.recovery else "calibration text", told_name(made.data)))
     if made.measured:
         rows.append(("measured on", made.measured))
     rows += made.recovery
     if made.rounding:
-        rows.append(("rounding of weights", made.rounding))
+        rows.append((ROUNDING, made.rounding))
     if plan is not None:
         settings = {key: value for key, value in plan.settings.items() if value not in (None, False, [], ())}
-        rows.append(("plan", ", ".join(f"{key} {value}" for key, value in settings.items())))
-        rows.append(("kept units", "`saap_plan.json`: which units every layer keeps"))
+        rows.append((PLAN, ", ".join(f"{key} {value}" for key, value in settings.items())))
+        rows.append((KEPT, "`saap_plan.json`: which units every layer keeps"))
     if not rows and not made.command:
         return []
     command = [f"```\n{made.command}\n```"] if made.command else []
-    return ["## How it was made", *command, *([_table(rows)] if rows else [])]
+    return [MAKING, *command, *([_table(rows)] if rows else [])]
+
+
+def recovery_in(folder: Path) -> dict[str, Any]:
+    """What the card of a model directory says of its recovery, as values of ``Made``; empty where it tells of none."""
+    card = folder / CARD_FILE
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    section = text.partition(f"\n{MAKING}\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ") and line.endswith(" |")]
+    rows = [(name, value) for name, _, value in (line[2:-2].partition(" | ") for line in lines)]
+    names = [name for name, _ in rows]
+    if RECOVERY not in names:
+        return {}
+    first = names.index(RECOVERY)
+    last = next((index for index in range(first, len(names)) if names[index] in (ROUNDING, PLAN, KEPT)), len(names))
+    return {"data": dict(rows).get(TUNED_ON), "recovery": tuple(rows[first:last])}
 
 
 def _measured(made: Made) -> list[str]:

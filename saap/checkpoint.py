@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from saap.card import Made, model_card
+from saap.card import CARD_FILE, Made, model_card
 from saap.checkpoint_files import PLAN_FILE, check_directory
 from saap.compact import PLAN_ATTRIBUTE
 from saap.families import Family, family_of, is_mixture
@@ -63,7 +63,7 @@ def save(
         if plan is not None:
             plan.save(folder / PLAN_FILE)
         card = model_card(described, units, plan, __version__, made or Made(base=model.name_or_path))
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
         if also is not None:
             also(folder)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap import distributed
 from saap.calibrate import check_sizes
-from saap.card import Made, told_name
+from saap.card import Made, recovery_in, told_name
 from saap.checkpoint import load, refuse_existing, refuse_losing, save
 from saap.checkpoint_files import plan_in
 from saap.data import load_documents, pack_for
@@ -150,7 +150,7 @@ def export_quantised(
         model, bits=bits, group_size=group_size, rounding=rounding, tokenizer=tokenizer, data=data, samples=samples,
         seq_len=seq_len, seed=seed, progress=progress,
     )  # fmt: skip
-    save_beside(model, path, out, force, made_by(model, rounding, data, samples, seq_len))
+    save_beside(model, path, out, force, made_by(model, path, rounding, data, samples, seq_len))
 
 
 def check_export(
@@ -176,12 +176,14 @@ def save_beside(
     save(model, out, tokenizer=open_tokenizer(os.fspath(path)), force=force, plan=plan_in(Path(path)), made=made)
 
 
-def made_by(model: PreTrainedModel, rounding: str, data: Any, samples: int, seq_len: int) -> Made:
-    """What the card tells of how the weights were rounded."""
+def made_by(
+    model: PreTrainedModel, path: str | os.PathLike[str], rounding: str, data: Any, samples: int, seq_len: int
+) -> Made:
+    """What the card tells of how the weights of the directory ``path`` were rounded, and tuned before if they were."""
     counted = rounding == "gptq" and not isinstance(data, Tensor)  # a tensor has sizes of its own
     text = f", on {samples} sequences of {seq_len} tokens" if counted else ""
     named = f" of {told_name(os.fspath(data))}" if isinstance(data, str | os.PathLike) else ""
-    return Made(base=model.name_or_path, rounding=f"{rounding}{text}{named}")
+    return Made(base=model.name_or_path, rounding=f"{rounding}{text}{named}", **recovery_in(Path(path)))
 
 
 def _refuse_too_wide(linears: dict[str, nn.Linear]) -> None:

@@ -212,13 +212,18 @@ def _resource(name: str, context: int, table: Path | None, device: str | None) -
 UNTOLD = ("out", "force", "as_json", "debug", "report", "dry_run", "stream_folder", "save_statistics", "resume")
 
 
+def given_names(context: typer.Context) -> set[str]:
+    """Names of the parameters that are on the command line, whatever they say."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
 def given_command(context: typer.Context) -> str:
     """The command that is running, as it was given, without what says nothing about its result and without folders."""
-    pieces = ["saap", str(context.info_name)]
+    pieces, given = ["saap", str(context.info_name)], given_names(context)
     for parameter in context.command.params:
         name = str(parameter.name)
-        source = context.get_parameter_source(name)
-        if source is None or source.name != "COMMANDLINE" or name in UNTOLD:
+        if name not in given or name in UNTOLD:
             continue
         value = context.params[name]
         if parameter.param_type_name == "argument":

@@ -1,17 +1,19 @@
 """``saap recover``."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from saap import console
-from saap.cli.options import AsJson, Debug, Dtype, Force, given_command
+from saap.cli.options import AsJson, Debug, Dtype, Force, given_command, given_names
 from saap.data import FORMS
 from saap.preview import report_dry_run
 from saap.recovery.job import Job
-from saap.recovery.recover import HELD_OUT, settled
-from saap.recovery.settings import HIDDEN, LEARNING_RATES, MEASURED, Settings
+from saap.recovery.recover import settled
+from saap.recovery.settings import HIDDEN, LEARNING_RATES, MEASURED, Settings, asked_for, refuse_rounding
+from saap.recovery.split_text import HELD_OUT
 
 DEFAULT = Settings()
 RATES = ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
@@ -22,7 +24,7 @@ METHOD = (
 )
 HELD = (
     "Text to evaluate while training, whose best step's parameters are taken, or the share of the sequences of --data "
-    "(whole ones, from their end) to hold out for that; 0: none, and the last step's are taken."
+    f"(whole ones, from their end) to hold out for that; 0: none, and the last step's are taken. Default: {HELD_OUT}."
 )
 
 
@@ -78,7 +80,7 @@ def recover(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")
     ] = False,
-    held_out: Annotated[str, typer.Option(metavar="TEXT|SHARE", help=HELD)] = str(HELD_OUT),
+    held_out: Annotated[str | None, typer.Option(metavar="TEXT|SHARE", help=HELD)] = None,
     evaluate_every: Annotated[
         int | None, typer.Option(help="Steps between evaluations and checkpoints. Default: ten in all.")
     ] = None,
@@ -90,6 +92,13 @@ def recover(
     dtype: Dtype = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.training, by the same settings.")
+    ] = False,
+    finish: Annotated[
+        bool,
+        typer.Option(
+            "--finish",
+            help="Train no further: take the best step of the checkpoints in OUT.training, by the same settings.",
+        ),
     ] = False,
     report: Annotated[bool, typer.Option(help="Write saap_report.html beside the weights.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, show steps and sizes, do nothing.")] = False,
@@ -117,9 +126,14 @@ def recover(
             "patience": patience or None, "seed": seed,
         }  # fmt: skip
         asked |= {} if bits is None else {"bits": None if bits == 16 else bits}
+        given = given_names(invoked)
+        asked = {name: value for name, value in asked.items() if name in given}  # the others have their defaults
+        held = _held_out(held_out)
+        settings = settled(asked, teacher is not None, held)
+        refuse_rounding(asked_for(asked), _quantisation(folder))
         job = Job(
-            str(folder), out, data, settled(asked, teacher is not None), teacher, _held_out(held_out), eval_text,
-            dtype, resume, report, force, given_command(invoked),
+            str(folder), out, data, settings, teacher, held, eval_text, dtype, resume, report, force,
+            given_command(invoked), finish,
         )  # fmt: skip
         job.check_files()
         if dry_run:
@@ -130,8 +144,18 @@ def recover(
             done.print(as_json)
 
 
-def _held_out(text: str) -> str | float:
+def _quantisation(folder: Path) -> Any:
+    """How the weights of a model directory are quantised, as far as that can be read."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError):  # of which loading it tells
+        return None
+
+
+def _held_out(text: str | None) -> str | float | None:
     """A share, or the name of a text."""
+    if text is None:
+        return None
     try:
         return float(text)
     except ValueError:

@@ -39,7 +39,12 @@ def attach(model: PreTrainedModel, settings: Settings) -> Attached:
     """
     refuse_unsupported(model, quantised=True)
     refuse_meta(model)
-    _refuse_other_bits(model, settings)
+    refuse_other_quantisation(model, settings)
+    if settings.bits is not None and not is_quantised(model):
+        raise ValueError(
+            f"model: expected one quantised to int{settings.bits} in groups of {settings.group_size}, "
+            "got 16- or 32-bit weights; call saap.quantise first"
+        )
     if settings.method == "groupwise":
         return attach_groupwise(model, settings)
     if settings.method == "lora":
@@ -95,11 +100,6 @@ class Groupwise:
 def attach_groupwise(model: PreTrainedModel, settings: Settings) -> Groupwise:
     """``attach`` for method "groupwise"."""
     linears = quantised_linears(model)
-    if not linears:
-        raise ValueError(
-            f"model: expected one quantised to int{settings.bits} in groups of {settings.group_size}, "
-            "got 16- or 32-bit weights; call saap.quantise first"
-        )
     refuse_rank(linears, settings)
     generator = torch.Generator().manual_seed(settings.seed)
     factors = {
@@ -159,19 +159,20 @@ def require(model: nn.Module, before: dict[str, bool]) -> None:
         parameter.requires_grad_(before.get(name, parameter.requires_grad))
 
 
-def _refuse_other_bits(model: PreTrainedModel, settings: Settings) -> None:
-    """Settings of other bits or groups than those of a model; None stands for weights as they are, if not "full"."""
-    quantised = is_quantised(model)
-    if settings.method == "full" and quantised:
-        raise ValueError("method full: expected 16- or 32-bit weights, got a quantised model")
-    if settings.bits is None:
-        return
-    wanted = f"int{settings.bits} in groups of {settings.group_size}"
-    if not quantised:
-        raise ValueError(
-            f"model: expected one quantised to {wanted}, got 16- or 32-bit weights; call saap.quantise first"
-        )
+def refuse_other_quantisation(model: PreTrainedModel, settings: Settings) -> None:
+    """Raise ValueError where the quantised Linears of ``model`` have other bits or groups than the settings say."""
+    asked = f"int{settings.bits} in groups of {settings.group_size}"
     for name, module in quantised_linears(model).items():
-        shape, bits, group_size = module.layout
-        if (bits, group_size) != (settings.bits, settings.group_size):
-            raise ValueError(f"{name}: expected {wanted}, as the settings say, got int{bits} in groups of {group_size}")
+        _, bits, group_size = module.layout
+        found = f"int{bits} in groups of {group_size}"
+        if settings.bits is None:
+            other = "" if settings.method == "full" else f"bits {bits} (--bits), or "
+            raise ValueError(
+                f"the model is quantised ({found}), which method {settings.method} with bits None does not tune: give "
+                f"{other}the model that it was made from"
+            )
+        if found != asked:
+            raise ValueError(
+                f"the model is quantised already: expected settings of {found} (--bits {bits} --group-size "
+                f"{group_size}), as {name} is, got {asked}"
+            )

@@ -85,7 +85,5 @@ class Tuning:
         rows = torch.arange((step - 1) * self.sequences, step * self.sequences) % len(self.text)
         text = TrainingText(self.text.input_ids[rows], self.text.labels[rows])
         with tempfile.TemporaryDirectory(prefix="saap-recover-") as folder:
-            try:
-                return tune(model, text, None, self.settings, teacher, folder, False, Told(progress)).model
-            except KeyboardInterrupt:  # without the words on going on from a folder that is gone
-                raise KeyboardInterrupt from None
+            told = Told(progress)
+            return tune(model, text, None, self.settings, teacher, folder, False, told, lasting=False).model

@@ -22,19 +22,19 @@ from saap.evaluate import Evaluation, evaluate
 from saap.memory import weight_bytes
 from saap.opening import open_model, open_tokenizer
 from saap.plan import Plan
+from saap.recovery.checked_folder import check_folder
 from saap.recovery.distillation import check_tokenizers
 from saap.recovery.recover import (
     Recovered,
     Told,
     check_budget,
-    check_folder,
     check_models,
-    texts,
     tune,
 )
 from saap.recovery.report import described_recovery, recovery_rows
 from saap.recovery.settings import Settings
-from saap.recovery.training_folder import PREFIX, SETTINGS, UNFINISHED
+from saap.recovery.split_text import few_held_out, texts
+from saap.recovery.training_folder import PREFIX, SETTINGS, UNFINISHED, last_checkpoint
 from saap.recovery.training_text import TrainingText
 from saap.report import REPORT_FILE, drawn_into, shown_name
 from saap.stopwatch import Stopwatch
@@ -64,11 +64,17 @@ class Job:
     report: bool = True
     force: bool = False
     command: str = ""
+    finish: bool = False
 
     @property
     def training(self) -> Path:
         """Where checkpoints are kept until the model is saved."""
         return self.out.with_name(self.out.name + TRAINING)
+
+    @property
+    def _starts_anew(self) -> bool:
+        """Whether checkpoints of an earlier training are to be removed."""
+        return self.force and not (self.resume or self.finish)
 
     def check_files(self) -> None:
         """Everything that can be refused without loading a model."""
@@ -79,10 +85,10 @@ class Job:
         read = {"training text": self.data, "held-out text": self.held_out, "evaluation text": self.eval_text}
         refuse_losing(self.out, {"model": self.folder, "teacher": self.teacher} | read)
         refuse_existing(self.out, self.force)
-        if self.force and not self.resume:
+        if self._starts_anew:
             _check_ours(self.training)
         else:
-            check_folder(self.training, self.resume, self.settings)
+            check_folder(self.training, self.resume, self.settings.to_dict(), self.finish)
         for text in read.values():
             if isinstance(text, str):
                 load_documents(text)
@@ -94,11 +100,11 @@ class Job:
         """
         first, watch = launched()[0] == 0, Stopwatch()
         model, tokenizer, teacher, text, kept = self._ready()
-        if self.force and not self.resume and first:
+        if self._starts_anew and first:
             shutil.rmtree(self.training, ignore_errors=True)
         before = self._evaluated(model, tokenizer, teacher, watch) if first else None
         with _bars(first) as told:
-            found = tune(model, text, kept, self.settings, teacher, self.training, self.resume, told)
+            found = tune(model, text, kept, self.settings, teacher, self.training, self.resume, told, self.finish)
         if not first:
             return None
         for stage, seconds in found.timings.items():
@@ -112,7 +118,9 @@ class Job:
         model, _, _, text, kept = self._ready()
         steps = check_budget(text, self.settings)
         settings = self.settings.to_dict() | {"learning_rate": self.settings.rate(model.config.hidden_size)}
-        return {name: value for name, value in settings.items() if value is not None} | {
+        last = last_checkpoint(self.training) if self.finish else None
+        told = {name: value for name, value in settings.items() if value is not None}
+        return told | ({} if last is None else {"finishes_from": last.name}) | {
             "parameters": elements(model),
             "weight_bytes": weight_bytes(model),
             "sequences": len(text),
@@ -121,7 +129,7 @@ class Job:
             "tokens": steps * self.settings.batch_size * self.settings.seq_len,
             "checkpoints": str(self.training),
             "outputs": [str(self.out)],
-        }
+        }  # fmt: skip
 
     def _ready(self) -> Ready:
         """Everything that is needed, checked."""
@@ -136,7 +144,17 @@ class Job:
         check_tokenizer(model, tokenizer)
         text, kept = texts(model, tokenizer, self.data, self.held_out, self.settings)
         check_budget(text, self.settings)
+        if launched()[0] == 0:
+            self._tell(text, kept)
         return model, tokenizer, teacher, text, kept
+
+    def _tell(self, text: TrainingText, kept: TrainingText | None) -> None:
+        """How much text there is, and how much of it is held out."""
+        found, few = 0 if kept is None else len(kept), few_held_out(kept, self.held_out)
+        told = [f"{len(text):,} sequences of {self.settings.seq_len} tokens to train on, {found:,} held out"]
+        told += [] if few is None else [f"warning: {few}"]
+        for line in told:
+            console.screen.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _open(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, PreTrainedModel | None]:
         if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
@@ -213,7 +231,9 @@ class Done:
             "losses": history.losses,
             "evaluations": [{"step": each.step, "loss": each.loss} for each in history.evaluations],
             "best_step": history.best,
+            "planned_steps": history.planned,
             "stopped_early": history.stopped_early,
+            "cut_short": history.cut_short,
             "evaluation": self.evaluation and self.evaluation.to_dict(),
             "timings": self.timings,
             "report": self.report and str(self.report),

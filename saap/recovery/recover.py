@@ -1,12 +1,12 @@
 """``saap.recover``: quantise, attach what learns, train, merge."""
 
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,21 +18,19 @@ from saap.distributed import launched
 from saap.families import family_of
 from saap.packed_mlp import is_accelerated
 from saap.quantised_linear import is_quantised
-from saap.quantiser import SaapConfig
+from saap.recovery.checked_folder import check_folder
 from saap.recovery.distillation import check_teacher
+from saap.recovery.history import History
 from saap.recovery.schedule import Schedule
-from saap.recovery.settings import Settings
-from saap.recovery.training_folder import kept_if_it_fails, refuse_differences
-from saap.recovery.training_text import TrainingText, pack_to_train
+from saap.recovery.settings import Settings, asked_for, refuse_rounding, refuse_unused
+from saap.recovery.split_text import few_held_out, texts
+from saap.recovery.training_folder import kept_if_it_fails
+from saap.recovery.training_text import TrainingText
 from saap.refuse import refuse_meta, refuse_nonfinite_weights, refuse_unsupported
 from saap.stopwatch import Stopwatch
 from saap.undo import Undo
 
-if TYPE_CHECKING:  # transformers' Trainer, which needs accelerate, is imported when it trains
-    from saap.recovery.trainer import History
-
 Progress = Callable[[int, int], Any]
-HELD_OUT = 0.05  # of the sequences
 PACKAGES = {"groupwise": ("accelerate",), "lora": ("accelerate", "peft"), "full": ("accelerate",)}
 ROUNDING_SAMPLES = 128  # sequences that rounding by "gptq" looks at
 
@@ -46,7 +44,7 @@ class Recovered:
 
     model: PreTrainedModel
     settings: Settings
-    history: "History"
+    history: History
     sequences: int
     held_out: int
     timings: dict[str, float] = field(default_factory=dict)
@@ -71,42 +69,51 @@ def recover(
     data: Any,
     *,
     teacher: PreTrainedModel | None = None,
-    held_out: Any = HELD_OUT,
+    held_out: Any = None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    finish: bool = False,
     progress: Progress | None = None,
     said: Callable[[int, float], Any] | None = None,
     stage: Callable[[str], Any] | None = None,
     **settings: Any,
 ) -> Recovered:
-    """Tune a pruned ``model`` on ``data``, in place; ``settings`` are those of ``Settings``, and so are their defaults.
+    """Tune a pruned ``model`` on ``data``, in place; ``settings`` are those of ``Settings``, and so are their defaults;
+    those that the method or the objective does not read are refused unless they are None.
 
     Without ``bits`` those are 4 for method "groupwise", and None for the others. A model that is quantised already, to
     the bits and groups asked for, is tuned as it is. ``teacher`` is the dense model for distillation, in eval mode and
     frozen meanwhile; objective "next_token" leaves it alone. ``held_out`` is text (any form ``data`` may have), or the
     share of the sequences of ``data``, rounded to whole ones and taken from their end, that is evaluated instead of
-    trained on; 0: none.
+    trained on; 0: none, None: 5 %, but at least 16 of them, or a quarter where that is less; a warning tells of fewer.
     ``folder`` keeps checkpoints, and ``resume`` goes on from the last one there; without it they are temporary, and
-    stay only where training fails, whose error says where.
+    stay only where training fails, whose error says where. ``finish`` trains no further: it merges the best parameters
+    kept there (without held-out text the last), of a training that stopped on its way.
     ``stage`` hears what begins, "quantising" and "training", of which ``progress(done, total)`` counts the Linears or
     blocks and the steps, and ``said(step, loss)`` each step's loss.
 
     Raises ValueError, FileNotFoundError or FileExistsError with nothing changed for settings, text, a tokenizer or
     models that do not fit, and for a ``folder`` that does not; RuntimeError for packages that are not installed.
-    A model whose training fails is left with what was attached to it: load it again, and go on with ``resume``.
+    A model whose training fails is left with what was attached to it: load it again, and go on with ``resume``,
+    or with ``finish`` where it would fail again.
     """
-    wanted = settled(settings, teacher is not None)
+    wanted = settled(settings, teacher is not None, held_out)
     check_models(model, teacher, wanted)
+    refuse_rounding(asked_for(settings), is_quantised(model))
     if tokenizer is not None:
         check_tokenizer(model, tokenizer)
-    check_folder(folder, resume, wanted)
+    check_folder(folder, resume, wanted.to_dict(), finish)
     text, kept = texts(model, tokenizer, data, held_out, wanted)
     check_budget(text, wanted)
+    few = few_held_out(kept, held_out)
+    if few is not None:
+        warnings.warn(few, stacklevel=2)
     with kept_if_it_fails() if folder is None else nullcontext(folder) as checkpoints:
-        return tune(model, text, kept, wanted, teacher, checkpoints, resume, Told(progress, said, stage))
+        told = Told(progress, said, stage)
+        return tune(model, text, kept, wanted, teacher, checkpoints, resume, told, finish)
 
 
-def settled(settings: dict[str, Any], has_teacher: bool) -> Settings:
+def settled(settings: dict[str, Any], has_teacher: bool, held_out: Any = None) -> Settings:
     """The settings that are asked for, with all that depends on others decided; errors as ``recover``."""
     method = settings.get("method", "groupwise")
     wanted = Settings.from_dict({"bits": 4 if method == "groupwise" else None} | settings)
@@ -118,13 +125,8 @@ def settled(settings: dict[str, Any], has_teacher: bool) -> Settings:
         objective = "distillation" if has_teacher else "next_token"
     if objective == "distillation" and not has_teacher:
         raise ValueError("objective distillation follows a dense teacher: expected teacher (--teacher), got none")
-    weights = [name for name in ("next_token", "hidden") if getattr(wanted, name)]  # one that is None is not asked for
-    if objective == "next_token" and weights:
-        raise ValueError(
-            f"{' and '.join(weights)}: expected 0 where nothing is distilled; "
-            + ("objective next_token leaves the teacher alone" if has_teacher else "there is no teacher (--teacher)")
-        )
     wanted = replace(wanted, objective=objective)
+    refuse_unused(asked_for(settings), wanted, has_teacher, held_out)
     return replace(wanted, hidden=wanted.hidden_weight)
 
 
@@ -133,8 +135,10 @@ def check_models(model: PreTrainedModel, teacher: PreTrainedModel | None, settin
     refuse_unsupported(model, quantised=True)
     refuse_meta(model)
     _check_positions(model, "the model", settings.seq_len)
+    from saap.recovery.attach import refuse_other_quantisation
+
     if is_quantised(model):
-        _check_quantised(model, settings)
+        refuse_other_quantisation(model, settings)
     else:
         refuse_nonfinite_weights(model, family_of(model))
     if settings.method == "groupwise":
@@ -171,84 +175,18 @@ def _check_positions(model: PreTrainedModel, name: str, seq_len: int) -> None:
         raise ValueError(f"seq_len: expected at most the {positions} positions of {name}, got {seq_len}")
 
 
-def _check_quantised(model: PreTrainedModel, settings: Settings) -> None:
-    found = model.config.quantization_config
-    found = SaapConfig(**found) if isinstance(found, dict) else found
-    if settings.bits is None:
-        other = "" if settings.method == "full" else f"bits {found.bits} (--bits), or "
-        raise ValueError(
-            f"the model is quantised ({found}), which method {settings.method} with bits None does not tune: give "
-            f"{other}the model that it was made from"
-        )
-    if (settings.bits, settings.group_size) != (found.bits, found.group_size):
-        asked = f"int{settings.bits} in groups of {settings.group_size}"
-        raise ValueError(
-            f"the model is quantised already: expected settings of {found} (--bits {found.bits} --group-size "
-            f"{found.group_size}), got {asked}"
-        )
-
-
-def check_folder(folder: str | os.PathLike[str] | None, resume: bool, settings: Settings) -> None:
-    """Raise unless ``folder`` is free for checkpoints, or holds those of a training by ``settings`` to go on from."""
-    if folder is None:
-        if resume:
-            raise ValueError("resume goes on from the checkpoints of a folder: expected folder, got none")
-        if launched()[1] > 1:
-            raise ValueError("several processes share their checkpoints: expected folder, got none")
-        return
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file; expected a directory for checkpoints")
-    if resume:
-        if not path.is_dir():
-            raise FileNotFoundError(f"no training to go on from: there is no {path}; start without resume (--resume)")
-        refuse_differences(path, {"settings": settings.to_dict()})
-    elif path.is_dir() and any(path.iterdir()) and launched()[0] == 0:
-        raise FileExistsError(
-            f"{path} holds an earlier training: go on with resume (--resume), or use force (--force) to start anew"
-        )
-
-
-def texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, data: Any, held_out: Any, settings: Settings
-) -> tuple[TrainingText, TrainingText | None]:
-    """What is trained on and what is evaluated, packed; errors as ``recover``."""
-    share = 0.0
-    if isinstance(held_out, (int, float)):
-        share = float(held_out)
-        if not 0 <= share < 1:
-            raise ValueError(f"held_out: expected text, or a share of the sequences in [0, 1); got {held_out!r}")
-    options = {"seq_len": settings.seq_len, "seed": settings.seed}
-    most = None if settings.tokens is None else int(settings.tokens / (1 - share)) + settings.seq_len
-    text = pack_to_train(model, tokenizer, data, **options, most_tokens=most)
-    if held_out is not None and not isinstance(held_out, (int, float)):
-        try:
-            return text, pack_to_train(model, tokenizer, held_out, **options)
-        except ValueError as error:
-            raise ValueError(f"held-out text: {error}") from error
-    kept = round(share * len(text))
-    if kept == len(text):
-        raise ValueError(f"held_out: expected a share that leaves sequences to train on, {share} takes all {kept}")
-    if not kept:
-        return text, None
-    return _part(text, slice(None, -kept)), _part(text, slice(-kept, None))
-
-
 def check_budget(text: TrainingText, settings: Settings) -> int:
     """The steps to train; ValueError for none, or for batches that the processes of torchrun cannot share."""
     return Schedule.of(settings, len(text), launched()[1]).steps
 
 
-def _part(text: TrainingText, which: slice) -> TrainingText:
-    return TrainingText(text.input_ids[which], text.labels[which])
-
-
 @torch.inference_mode(False)
 def tune(
     model: PreTrainedModel, text: TrainingText, held_out: TrainingText | None, settings: Settings,
-    teacher: PreTrainedModel | None, folder: str | os.PathLike[str], resume: bool, told: Told,
+    teacher: PreTrainedModel | None, folder: str | os.PathLike[str], resume: bool, told: Told, finish: bool = False,
+    lasting: bool = True,
 ) -> Recovered:  # fmt: skip
-    """``recover`` of what its checks have passed: a model, packed text and settled settings."""
+    """``recover`` of what its checks have passed; ``lasting`` as of ``train``."""
     from saap.recovery.attach import attach  # what they need is not needed by others
     from saap.recovery.trainer import train
 
@@ -265,11 +203,12 @@ def tune(
             undo.eval_mode(teacher)
             undo.freeze(teacher.parameters())
         attached = attach(model, settings)
-        told.begin("training")
+        if not finish:
+            told.begin("training")
         with watch("train"):
             history = train(
                 attached.model, text, held_out, settings, folder=folder, teacher=teacher, resume=resume,
-                progress=told.progress, said=told.said,
+                finish=finish, lasting=lasting, progress=told.progress, said=told.said,
             )  # fmt: skip
         with watch("merge"):
             done = attached.finish().eval()

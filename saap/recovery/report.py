@@ -20,6 +20,8 @@ def recovery_rows(found: Recovered, teacher: str | None) -> dict[str, str]:
     text += f", {found.held_out:,} more held out" if found.held_out else ", none held out"
     rows = {"recovery": _method(settings), "training text": text}
     rows["tokens trained on"] = f"{history.tokens:,} in {len(history.losses):,} steps"
+    if history.cut_short:
+        rows["stopped"] = f"after step {len(history.losses):,} of {history.planned:,}, and finished from its checkpoint"
     if settings.bits is not None:
         rounded = f"rounded by {settings.rounding}" if "quantise" in found.timings else "as it came"
         stored = f"int{settings.bits} in groups of {settings.group_size}, {rounded}"
@@ -68,6 +70,7 @@ def described_recovery(
     told = {key: value for key, value in settings.to_dict().items() if value is not None}
     told |= {"sequences": found.sequences, "held-out sequences": found.held_out, "tokens trained on": history.tokens}
     told |= {"steps": len(history.losses), "step taken": history.best, "stopped early": history.stopped_early}
+    told |= {"steps planned": history.planned} if history.cut_short else {}
     sections = {"Recovery": told, "Plan": {} if plan is None else plan.settings}
     sections["Text and files"] = {key: shown_name(file) for key, file in files.items()}
     return Report(

@@ -1,5 +1,6 @@
 """What a recovery is asked for, checked before anything is loaded, and compared when one is resumed."""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -10,6 +11,13 @@ OBJECTIVES = ("auto", "distillation", "next_token")
 LEARNING_RATES = {"groupwise": 1e-2, "lora": 1e-2, "full": 1e-3}  # of a model whose hidden states are MEASURED wide
 MEASURED = 256
 HIDDEN = 16.0
+USED_BY = {  # settings that some methods alone read
+    "levels": ("groupwise",),
+    "norms": ("groupwise",),
+    "rank": ("groupwise", "lora"),
+    "alpha": ("groupwise", "lora"),
+}
+QUANTISING, DISTILLING = ("group_size", "rounding"), ("top_k", "next_token", "hidden")
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,11 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def used(self) -> dict[str, Any]:
+        """Those that the method, its bits and its objective read: what ``saap.recover`` may be given."""
+        left = unused(self)
+        return {name: value for name, value in self.to_dict().items() if name not in left}
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Settings":
         """Raises ValueError for settings that this version does not know."""
@@ -113,6 +126,57 @@ class Settings:
         if unknown:
             raise ValueError(f"unknown recovery settings: {', '.join(unknown)}")
         return cls(**values)
+
+
+def unused(settings: Settings) -> dict[str, str]:
+    """{name of a setting that is not read: what it belongs to, and what came}; objective "auto" may read all of its."""
+    method = settings.method
+    found = {
+        name: f"method{'s' * (len(methods) > 1)} {' and '.join(methods)}, got method {method}"
+        for name, methods in USED_BY.items()
+        if method not in methods
+    }
+    if settings.bits is None:
+        came = f"method {method}" + (" with bits None (--bits 16)" if method == "lora" else "")
+        found |= dict.fromkeys(QUANTISING, f"bits 4 and 8 of methods groupwise and lora, got {came}")
+    if settings.objective == "next_token":
+        found |= dict.fromkeys(DISTILLING, "objective distillation, got objective next_token")
+    return found
+
+
+def asked_for(settings: dict[str, Any]) -> set[str]:
+    """Names of the ``settings`` that ask for something: not None, no weight of 0 in the loss."""
+    return {
+        name
+        for name, value in settings.items()
+        if not (value is None or (name in ("next_token", "hidden") and value == 0))
+    }
+
+
+def refuse_unused(given: Collection[str], settings: Settings, has_teacher: bool, held_out: Any) -> None:
+    """Raise ValueError naming each setting that was ``given`` and is not read, and what it belongs to."""
+    found = unused(settings)
+    if not has_teacher:
+        found |= {name: f"{found[name]}: there is no teacher (--teacher)" for name in DISTILLING if name in found}
+    if isinstance(held_out, int | float) and not held_out:
+        found["patience"] = "trainings with held-out text (--held-out), got none"
+    told = [f"{name} ({flag(name)}) belongs to {found[name]}" for name in found if name in given]
+    if told:
+        raise ValueError(f"settings that would be left unread: {'; '.join(told)}")
+
+
+def refuse_rounding(given: Collection[str], quantised: Any) -> None:
+    """Raise ValueError for a rounding of a model that is ``quantised`` already, as its configuration describes it."""
+    if quantised and "rounding" in given:
+        raise ValueError(
+            "settings that would be left unread: rounding (--rounding) belongs to models of 16- or 32-bit weights, got "
+            "one that is quantised, and tuned as it came"
+        )
+
+
+def flag(name: str) -> str:
+    """The command's name of a setting."""
+    return "--" + name.replace("_", "-")
 
 
 def default_learning_rate(method: str, hidden_size: int) -> float:

@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,33 +18,23 @@ from transformers.utils import logging as transformers_logging
 from saap.distributed import check_agreement, gathered, on_first_rank, process_group, world_size
 from saap.recovery.distillation import Distillation, Objective, causal_lm, check_teacher
 from saap.recovery.fingerprint import frozen_fingerprint, weights_fingerprint
+from saap.recovery.history import History, Log, out_of_patience
 from saap.recovery.schedule import Schedule, order_of
 from saap.recovery.settings import Settings
-from saap.recovery.training_folder import PREFIX, Record, last_checkpoint, learned, open_folder, restore_learned
+from saap.recovery.training_folder import (
+    PREFIX,
+    Record,
+    last_checkpoint,
+    learned,
+    open_folder,
+    read_log,
+    restore_learned,
+    step_of,
+)
 from saap.recovery.training_text import TrainingText
 
 if TYPE_CHECKING:
-    from transformers import TrainerState, TrainingArguments
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """Of held-out text after ``step`` steps: mean next-token loss."""
-
-    step: int
-    loss: float
-
-
-@dataclass(frozen=True)
-class History:
-    """``losses`` of every step, by the objective; ``evaluations``; ``best`` is the step whose parameters were taken."""
-
-    losses: list[float]
-    evaluations: list[Evaluated]
-    best: int
-    stopped_early: bool
-    tokens: int  # trained on, with repetitions
-    seconds: float  # of training and evaluation, before a resume too
+    from transformers import TrainingArguments
 
 
 def train(
@@ -57,6 +46,8 @@ def train(
     folder: str | os.PathLike[str],
     teacher: nn.Module | None = None,
     resume: bool = False,
+    finish: bool = False,
+    lasting: bool = True,
     progress: Callable[[int, int], Any] | None = None,
     said: Callable[[int, float], Any] | None = None,
 ) -> History:
@@ -65,7 +56,10 @@ def train(
     Its best parameters on ``held_out`` are left in it, those that it came with among them; without such text the last.
     ``folder`` keeps what the training is (``settings.json``) and its last and best checkpoints, each with the learned
     parameters, not the model, and all that the optimizer and the schedule need; ``resume`` goes on from the last: on a
-    CPU with the same losses, bit for bit. ``progress(done, total)`` and ``said(step, loss)`` hear of every step.
+    CPU with the same losses, bit for bit. ``finish`` trains no further and takes the best of the checkpoints there,
+    of a training that stopped on its way. A folder that is not ``lasting`` is gone afterwards: nothing is told of going
+    on from it, and weights are not hashed to know them again, which takes a second per GiB. ``progress(done, total)``
+    and ``said(step, loss)`` hear of every step.
 
     Under torchrun each process trains on its part of every batch, and the gradients are averaged; with accelerate's
     FSDP (``accelerate launch --use_fsdp --fsdp_version 2``) a copy of the model is sharded, and the model itself stays
@@ -73,7 +67,8 @@ def train(
 
     Raises, before anything is trained or written: ValueError for a model in which nothing learns, a teacher that does
     not fit, a batch or budget that cannot be, a resume of another training (listing the differences), and processes
-    that disagree; FileExistsError for a folder with something in it, FileNotFoundError for a resume without one;
+    that disagree; FileExistsError for a folder with something in it, FileNotFoundError for a resume without one, or a
+    finish without a checkpoint;
     RuntimeError without accelerate. While it trains: RuntimeError where a loss, gradient or parameter is not finite,
     and OSError where a checkpoint cannot be written; the last good checkpoint stays. KeyboardInterrupt passes, with a
     message that says how to go on.
@@ -85,12 +80,19 @@ def train(
     with process_group(), _quiet():
         distillation = _distillation(model, teacher, settings)
         schedule = Schedule.of(settings, len(text), world_size())
-        record = _record(model, text, held_out, settings, distillation)
+        hashed = lasting or world_size() > 1  # several processes compare theirs
+        record = _record(model, text, held_out, settings, distillation, hashed)
         check_agreement(_flat(record))
-        checkpoint = on_first_rank(lambda: open_folder(target, record, resume))
+        checkpoint = on_first_rank(lambda: open_folder(target, record, resume, finish))
+        if finish and checkpoint is not None:
+            return _taken(model, read_log(checkpoint), settings, schedule, target)
         try:
-            return _trained(model, text, held_out, settings, schedule, distillation, target, checkpoint, progress, said)
+            return _trained(
+                model, text, held_out, settings, schedule, distillation, target, checkpoint, lasting, progress, said
+            )
         except KeyboardInterrupt:
+            if not lasting:
+                raise
             last = last_checkpoint(target)
             kept = f"resume (--resume) goes on from {last.name} in {target}" if last else "nothing is lost"
             raise KeyboardInterrupt(f"interrupted; {kept}") from None
@@ -126,7 +128,7 @@ def _distillation(model: nn.Module, teacher: nn.Module | None, settings: Setting
 
 def _record(
     model: nn.Module, text: TrainingText, held_out: TrainingText | None, settings: Settings,
-    distillation: Distillation | None,
+    distillation: Distillation | None, hashed: bool,
 ) -> Record:  # fmt: skip
     """What a resumed training, and all processes of one, must have in common."""
     return {
@@ -134,8 +136,8 @@ def _record(
         "text": text.fingerprint,
         "held_out_text": None if held_out is None else held_out.fingerprint,
         "learns": {name: list(tensor.shape) for name, tensor in learned(model).items()},
-        "frozen_weights": frozen_fingerprint(model),
-        "teacher": None if distillation is None else weights_fingerprint(distillation.teacher),
+        "frozen_weights": frozen_fingerprint(model) if hashed else None,
+        "teacher": weights_fingerprint(distillation.teacher) if hashed and distillation is not None else None,
     }
 
 
@@ -146,20 +148,14 @@ def _flat(record: Record) -> Record:
 
 def _trained(
     model: nn.Module, text: TrainingText, held_out: TrainingText | None, settings: Settings, schedule: Schedule,
-    distillation: Distillation | None, folder: Path, checkpoint: Path | None,
+    distillation: Distillation | None, folder: Path, checkpoint: Path | None, lasting: bool,
     progress: Callable[[int, int], Any] | None, said: Callable[[int, float], Any] | None,
 ) -> History:  # fmt: skip
-    from transformers import TrainerState
-    from transformers.trainer import TRAINER_STATE_NAME as STATE
-
     from saap.recovery import training_loop as loop
 
-    state = None
-    if checkpoint is not None:
-        state = TrainerState.load_from_json(str(checkpoint / STATE))
-    if state is None or not (
-        state.global_step >= schedule.steps or loop.out_of_patience(state.log_history, settings.patience)
-    ):
+    log = [] if checkpoint is None else read_log(checkpoint)
+    step = 0 if checkpoint is None else step_of(checkpoint)
+    if step < schedule.steps and not out_of_patience(log, settings.patience):
         sharded = asks_for_fsdp()
         learner = copy.deepcopy(model) if sharded else model  # FSDP takes a model apart for good
         objective, args = Objective(learner, distillation), _arguments(learner, settings, schedule, folder)
@@ -174,14 +170,19 @@ def _trained(
                 text,
                 order_of(len(text), schedule.steps * settings.batch_size, settings.seed),
                 held_out,
-                every=schedule.every, patience=settings.patience, progress=progress, said=said,
+                every=schedule.every, patience=settings.patience, lasting=lasting, progress=progress, said=said,
             )  # fmt: skip
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        state = trainer.state
+        log = trainer.state.log_history
         gathered(None)  # the first process has written
-    best = loop.best_step(state.log_history, state.global_step)
-    restore_learned(model, folder / f"{PREFIX}{best}")
-    return _history(state, best, schedule.steps, settings)
+    return _taken(model, log, settings, schedule, folder)
+
+
+def _taken(model: nn.Module, log: Log, settings: Settings, schedule: Schedule, folder: Path) -> History:
+    """The best of the parameters that were kept, in ``model``."""
+    history = History.of(log, schedule.steps, settings.batch_size * settings.seq_len, settings.patience)
+    restore_learned(model, folder / f"{PREFIX}{history.best}")
+    return history
 
 
 def _some_are_unused(objective: Objective, text: TrainingText) -> bool:
@@ -222,21 +223,6 @@ def _arguments(model: nn.Module, settings: Settings, schedule: Schedule, folder:
     if device.type == "cuda" and world_size() == 1:
         args._n_gpu = 1  # all visible GPUs otherwise, by torch's DataParallel
     return args
-
-
-def _history(state: "TrainerState", best: int, steps: int, settings: Settings) -> History:
-    from saap.recovery.training_loop import evaluated
-
-    log = state.log_history
-    seconds = [entry["seconds"] for entry in log if "seconds" in entry]
-    return History(
-        losses=[entry["loss"] for entry in log if "loss" in entry],
-        evaluations=[Evaluated(step, loss) for step, loss in evaluated(log)],
-        best=best,
-        stopped_early=state.global_step < steps,
-        tokens=state.global_step * settings.batch_size * settings.seq_len,
-        seconds=seconds[-1] if seconds else 0.0,
-    )
 
 
 @contextmanager

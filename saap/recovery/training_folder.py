@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from saap.plan import write_atomically
 
 LEARNED = "learned.safetensors"
+STATE = "trainer_state.json"  # transformers' name for it
 SETTINGS = "settings.json"
 UNFINISHED = ".unfinished"  # where a checkpoint is written before it is moved to its name
 PREFIX = "checkpoint-"  # transformers' name for them, before the step
@@ -62,18 +63,36 @@ def restore_learned(model: nn.Module, folder: Path) -> None:
             tensor.copy_(saved[name])
 
 
-def open_folder(folder: Path, record: Record, resume: bool) -> Path | None:
+def read_log(checkpoint: Path) -> list[dict[str, float]]:
+    """What the training had logged up to a checkpoint; ValueError naming a file that is damaged."""
+    file = checkpoint / STATE
+    try:
+        log = json.loads(file.read_text(encoding="utf-8"))["log_history"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file}: the file is damaged: {error!r}") from error
+    return list(log)
+
+
+def refuse_none_to_finish(folder: Path, finish: bool) -> None:
+    """Raise FileNotFoundError where there is no checkpoint to ``finish`` from."""
+    if finish and last_checkpoint(folder) is None:
+        raise FileNotFoundError(f"no checkpoint to finish from in {folder}: go on with resume (--resume)")
+
+
+def open_folder(folder: Path, record: Record, resume: bool, finish: bool = False) -> Path | None:
     """Make ``folder`` that of a run described by ``record``; the checkpoint to go on from when one is resumed.
 
-    None starts from the beginning. Raises FileExistsError for a directory with something in it unless ``resume``,
-    then FileNotFoundError for one without a run, and ValueError listing each difference to the run that is in it.
+    None starts from the beginning. Raises FileExistsError for a directory with something in it unless ``resume`` or
+    ``finish``, then FileNotFoundError for one without a run, or without a checkpoint to finish from, and ValueError
+    listing each difference to the run that is in it.
     """
-    if not resume:
+    if not (resume or finish):
         if folder.exists() and (folder.is_file() or any(folder.iterdir())):
             raise FileExistsError(f"{folder} exists already: resume the training in it, or remove it to start anew")
         write_atomically(folder / SETTINGS, json.dumps(record, indent=2) + "\n")
         return None
     refuse_differences(folder, record)
+    refuse_none_to_finish(folder, finish)
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     return last_checkpoint(folder)
 

@@ -21,6 +21,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from saap.distributed import gathered, rank, sum_over_ranks, world_size
 from saap.recovery import sharded
 from saap.recovery.distillation import Objective
+from saap.recovery.history import best_step, out_of_patience
 from saap.recovery.schedule import rise_and_fall
 from saap.recovery.training_folder import (
     UNFINISHED,
@@ -29,38 +30,21 @@ from saap.recovery.training_folder import (
     learned,
     restore_learned,
     save_learned,
+    step_of,
 )
 from saap.recovery.training_text import IGNORED, TrainingText
-
-Log = list[dict[str, float]]
 
 
 class NotFinite(RuntimeError):
     """A loss, a gradient or a parameter that is NaN or infinite."""
 
 
-def evaluated(log: Log) -> list[tuple[int, float]]:
-    """(step, held-out loss) of every evaluation in a trainer's log."""
-    return [(int(entry["step"]), entry["eval_loss"]) for entry in log if "eval_loss" in entry]
-
-
-def best_step(log: Log, last: int) -> int:
-    """The step of the lowest held-out loss, the earliest of them; without held-out text the ``last``."""
-    return min(evaluated(log), key=lambda each: each[1], default=(last, 0.0))[0]
-
-
-def out_of_patience(log: Log, patience: int | None) -> bool:
-    """Whether the last ``patience`` evaluations were none of them the best."""
-    steps = [step for step, _ in evaluated(log)]
-    return patience is not None and bool(steps) and steps.index(best_step(log, 0)) < len(steps) - patience
-
-
 class RecoveryTrainer(Trainer):
     """Trains what requires grad in an ``Objective``'s model, on sequences in the ``order`` that is given.
 
     ``order`` holds the numbers of the sequences of all steps: the loop has one epoch, whatever the text has.
-    Checkpoints hold these parameters, not the model. ``progress(done, total)`` and ``said(step, loss)`` hear of every
-    step, on the first process; nothing is printed.
+    Checkpoints hold these parameters, not the model; they are ``lasting`` if errors are to tell of them.
+    ``progress(done, total)`` and ``said(step, loss)`` hear of every step, on the first process; nothing is printed.
     """
 
     def __init__(
@@ -73,6 +57,7 @@ class RecoveryTrainer(Trainer):
         *,
         every: int,
         patience: int | None,
+        lasting: bool = True,
         progress: Callable[[int, int], Any] | None = None,
         said: Callable[[int, float], Any] | None = None,
     ) -> None:
@@ -80,7 +65,7 @@ class RecoveryTrainer(Trainer):
         self.control: TrainerControl
         super().__init__(model=objective, args=args, callbacks=[_Flow(self, every, patience, progress, said)])
         self.remove_callback(PrinterCallback)
-        self.objective, self.folder = objective, Path(args.output_dir)
+        self.objective, self.folder, self.lasting = objective, Path(args.output_dir), lasting
         self.text, self.order, self.held_out = text, order, held_out
         self.model_accepts_loss_kwargs = True  # losses here are sums over the tokens of the whole step
         self.started, self.writing = time.monotonic(), False
@@ -149,8 +134,16 @@ class RecoveryTrainer(Trainer):
         super().log(logs, start_time)
 
     def _stopped(self, reason: str) -> str:
+        if not self.lasting:
+            return f"training stopped: {reason}"
         last = last_checkpoint(self.folder)
-        return f"training stopped: {reason}; the last good checkpoint is " + (f"{last}" if last else "none")
+        if last is None:
+            return f"training stopped: {reason}; there is no checkpoint before it"
+        best = best_step(self.state.log_history, step_of(last))
+        return (
+            f"training stopped: {reason}; the last good checkpoint is {last}. A resume would meet the same: finish "
+            f"(--finish), with all else as it was, makes the model from step {best} without training on"
+        )
 
     # ---- checkpoints ----
 
@@ -216,8 +209,9 @@ class RecoveryTrainer(Trainer):
             sharded.load_optimizer(self.model, self.optimizer, Path(checkpoint))
         else:
             assert self.optimizer is not None
-            state = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
-            self.optimizer.load_state_dict(state)
+            file = Path(checkpoint, OPTIMIZER_NAME)
+            if self.state.global_step or file.exists():  # before the first step there is nothing in it
+                self.optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
 

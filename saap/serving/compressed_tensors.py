@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from saap.card import model_card
+from saap.card import CARD_FILE, model_card
 from saap.checkpoint import load, written_whole
 from saap.checkpoint_files import PLAN_FILE, plan_in
 from saap.families import family_of, is_mixture
@@ -73,8 +73,8 @@ def export_compressed_tensors(
             tokenizer.save_pretrained(folder)
         if plan is not None:
             plan.save(folder / PLAN_FILE)
-        card = model_card(model, units, plan, __version__, made_by(model, rounding, data, samples, seq_len))
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        card = model_card(model, units, plan, __version__, made_by(model, path, rounding, data, samples, seq_len))
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def _linears(model: PreTrainedModel, group_size: int) -> dict[str, nn.Linear]:

@@ -27,12 +27,12 @@ def summary(history, model):
     }
 
 
-def run(folder: Path, model=None, text=None, held_out=True, teacher=None, resume=False, **changes):
+def run(folder: Path, model=None, text=None, held_out=True, teacher=None, resume=False, finish=False, **changes):
     model = model or learner()
     held_out = some_text(7, 1) if held_out else None
     settings = some_settings(**changes)
     text = text or some_text()
-    history = train(model, text, held_out, settings, folder=folder, teacher=teacher, resume=resume)
+    history = train(model, text, held_out, settings, folder=folder, teacher=teacher, resume=resume, finish=finish)
     return summary(history, model)
 
 
@@ -169,7 +169,9 @@ def faults(directory: Path):
         model.model.embed_tokens.weight[63] = float("nan")
     ids = text.input_ids.clamp(max=62)
     ids[3, 4] = 63
-    nan = refused(lambda: run(directory / "nan", model, TrainingText(ids, ids), held_out=False))
+    broken = TrainingText(ids, ids)
+    nan = refused(lambda: run(directory / "nan", model, broken, held_out=False, batch_size=2, evaluate_every=1))
+    finished = run(directory / "nan", model, broken, held_out=False, batch_size=2, evaluate_every=1, finish=True)
     save = training_folder.save_file
 
     def full(tensors, path):
@@ -180,7 +182,7 @@ def faults(directory: Path):
     training_folder.save_file = full
     disk = refused(lambda: run(directory / "full"))
     training_folder.save_file = save
-    return [nan, disk]
+    return [nan, disk, finished]
 
 
 CASES = (several_in_one_group, left, micro_batches, mixture, unused, resumed, disagreeing, faults, fsdp2)

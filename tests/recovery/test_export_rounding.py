@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import saap
-from saap.cli import app
 from saap.data import pack
 from saap.quantiser import linears_to_quantise
 from saap.serving.compressed_tensors import export_compressed_tensors
+from tests.saap.command_line import run
 from tests.saap.tiny import tiny_tokenizer
 from tests.serving.test_compressed_tensors import aligned, unequal
 from tests.serving.test_quantiser import IDS, assert_same_state, pruned, quantised_names
@@ -31,12 +30,6 @@ def folder(tmp_path_factory) -> Path:
     letters = "the quick brown fox jumps over lazy dogs. "
     (path / "text.txt").write_text("\n\n".join(letters[i:] + letters[:i] for i in range(8)))
     return path
-
-
-def run(*arguments: object, code: int = 0):
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result
 
 
 def ids_of(folder: Path) -> torch.Tensor:

@@ -8,10 +8,12 @@ import torch
 
 import saap
 from saap.recovery import interleave
+from saap.recovery.training_loop import RecoveryTrainer
 from saap.steps import Recipe, prune_in_steps
 from tests.recovery.test_recover import ids
+from tests.saap.command_line import run
 from tests.saap.test_card import card
-from tests.saap.test_cli import prune, run, workplace  # noqa: F401
+from tests.saap.test_cli import prune, workplace  # noqa: F401
 from tests.saap.tiny import tiny_model
 
 CALIBRATION = {"samples": 4, "seq_len": 16}
@@ -33,9 +35,9 @@ def pruned(made: Recipe, model=None, data=None, **options):
 def test_what_each_step_leaves_is_tuned_after_the_dense_model(monkeypatch, steps: int) -> None:
     tuned = []
 
-    def counted(model, text, held_out, settings, teacher, *rest):
+    def counted(model, text, held_out, settings, teacher, *rest, **options):
         tuned.append((model.num_parameters(), text.input_ids, settings, teacher.num_parameters()))
-        return tune(model, text, held_out, settings, teacher, *rest)
+        return tune(model, text, held_out, settings, teacher, *rest, **options)
 
     tune = interleave.tune
     monkeypatch.setattr(interleave, "tune", counted)
@@ -71,9 +73,9 @@ def test_tuning_between_steps_brings_the_model_closer_to_the_dense_one() -> None
 def test_a_copy_leaves_the_dense_model_alone_and_text_that_is_short_is_repeated(monkeypatch) -> None:
     model, tuned, tune = tiny_model("qwen2", torch.float32), [], interleave.tune
 
-    def noted(model, text, *rest):
+    def noted(model, text, *rest, **options):
         tuned.append(text)
-        return tune(model, text, *rest)
+        return tune(model, text, *rest, **options)
 
     monkeypatch.setattr(interleave, "tune", noted)
     before = model(ids(2)).logits
@@ -87,6 +89,31 @@ def test_progress_counts_every_stage_and_ends_at_its_total() -> None:
     pruned(recipe(compensate="bias"), progress=lambda *counts: seen.append(counts))
     assert {total for _, total in seen} == {2 * 3 * 1000} and seen[-1] == (6000, 6000)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_weights_are_not_hashed_where_nothing_can_be_resumed(monkeypatch) -> None:
+    hashed: list[object] = []
+    monkeypatch.setattr("saap.recovery.fingerprint._hash", lambda tensors: hashed.append(tensors) or "0" * 16)
+    assert pruned(recipe()).plan and not hashed
+    saap.recover(
+        tiny_model("llama", torch.float32), None, ids(), seq_len=16, batch_size=4, rank=2, tokens=64, held_out=0
+    )
+    assert len(hashed) == 1
+
+
+@pytest.mark.parametrize("said", ["nan", "interrupt"])
+def test_nothing_is_told_of_checkpoints_that_are_gone(monkeypatch, said: str) -> None:
+    step = RecoveryTrainer.training_step
+
+    def spoiled(self, *args, **kwargs):
+        if said == "interrupt":
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs) * float("nan")
+
+    monkeypatch.setattr(RecoveryTrainer, "training_step", spoiled)
+    with pytest.raises((RuntimeError, KeyboardInterrupt)) as error:
+        pruned(recipe())
+    assert str(error.value) == ("training stopped: the loss of step 1 is nan" if said == "nan" else "")
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,15 @@ import pytest
 import torch
 
 import saap
-from saap.recovery.recover import settled, texts
 from tests.saap.test_checkpoint import make_plan
 from tests.saap.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* held out, fewer")  # of so few sequences
+
 SMALL = {"seq_len": 16, "batch_size": 4, "rank": 2, "alpha": 4.0, "learning_rate": 5e-3, "epochs": 3.0}
+
+
+ADAPTERS = ("rank", "alpha")  # which method "full" has not
 
 
 def ids(sequences: int = 24, length: int = 16, seed: int = 0) -> torch.Tensor:
@@ -28,7 +32,8 @@ def pruned(family: str = "llama") -> Any:
 
 
 def recovered(model=None, data=None, **options) -> Any:
-    return saap.recover(pruned() if model is None else model, None, ids() if data is None else data, **SMALL | options)
+    small = {name: value for name, value in SMALL.items() if options.get("method") != "full" or name not in ADAPTERS}
+    return saap.recover(pruned() if model is None else model, None, ids() if data is None else data, **small | options)
 
 
 def state(model) -> dict[str, torch.Tensor]:
@@ -137,18 +142,6 @@ def test_temporary_checkpoints_stay_where_training_fails(tmp_path, monkeypatch) 
     assert found.history.losses == straight.history.losses
 
 
-def test_the_held_out_share_is_the_end_of_the_text_in_whole_sequences() -> None:
-    model, settings = pruned(), settled(SMALL, False)
-    text, kept = texts(model, None, ids(40), 0.05, settings)
-    assert torch.equal(text.input_ids, ids(40)[:38]) and torch.equal(kept.input_ids, ids(40)[38:])
-    text, kept = texts(model, None, ids(9), 0.05, settings)  # 0.45 sequences are none
-    assert len(text) == 9 and kept is None
-    text, kept = texts(model, None, ids(9), ids(3, seed=1), settings)
-    assert len(text) == 9 and len(kept) == 3
-    text, kept = texts(model, None, ids(40), 0.5, settled(SMALL | {"tokens": 128}, False))
-    assert len(text) * 16 >= 128 and len(text) + len(kept) < 40  # what is behind is not read
-
-
 def _wrapped(model) -> Any:
     from peft import LoraConfig, get_peft_model
 
@@ -206,8 +199,14 @@ def test_what_does_not_fit_is_refused_with_nothing_changed(spoil, options: dict,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 4}, "settings of int8 in groups of 64 .--bits 8 --group-size 64., got int4 in groups of 32"),
-        ({"bits": 8}, "settings of int8 in groups of 64 .--bits 8 --group-size 64., got int8 in groups of 32"),
+        (
+            {"bits": 4},
+            "settings of int8 in groups of 64 .--bits 8 --group-size 64.*, got int4 in groups of 32",
+        ),
+        (
+            {"bits": 8},
+            "settings of int8 in groups of 64 .--bits 8 --group-size 64.*, got int8 in groups of 32",
+        ),
         ({"method": "lora"}, "which method lora with bits None does not tune: give bits 8"),
         ({"method": "full"}, "which method full with bits None does not tune: give the model that it was"),
     ],

@@ -39,7 +39,7 @@ def recovered(steps: int = 30, evaluations: int = 3, **changes: Any) -> Any:
     best = held[-2].step if evaluations > 1 else steps
     history = SimpleNamespace(
         losses=[4.0 - 2.0 * index / max(1, steps - 1) for index in range(steps)], evaluations=held, best=best,
-        stopped_early=False, tokens=steps * 128, seconds=1.0,
+        stopped_early=False, planned=steps, cut_short=False, tokens=steps * 128, seconds=1.0,
     )  # fmt: skip
     settings = Settings(objective="distillation", **changes)
     return SimpleNamespace(

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from saap.recovery import trainer, training_folder
+from saap.recovery.history import Evaluated, best_step, out_of_patience
 from saap.recovery.schedule import Schedule, order_of, rise_and_fall
 from saap.recovery.settings import LEARNING_RATES, Settings, default_learning_rate
-from saap.recovery.trainer import Evaluated, train
+from saap.recovery.trainer import train
 from saap.recovery.training_folder import learned
-from saap.recovery.training_loop import RecoveryTrainer, best_step, out_of_patience
+from saap.recovery.training_loop import RecoveryTrainer
 from tests.recovery.training_cases import SEQ_LEN, learner, some_settings, some_text
 from tests.saap.tiny import tiny_model
 
@@ -186,7 +187,7 @@ def test_a_loss_that_is_none_stops_at_once_and_keeps_the_last_good_checkpoint(tm
     for each in (text.input_ids, held_out.input_ids):
         each.clamp_(max=62)
     text.input_ids[order_of(20, 20, seed=0)[4 * 3], 3] = 63  # in the fourth step
-    wanted = rf"training stopped: the loss of step 4 is nan; the last good checkpoint is {folder}/checkpoint-2$"
+    wanted = rf"stopped: the loss of step 4 is nan; the last good checkpoint is {folder}/checkpoint-2\. A resume would"
     with pytest.raises(RuntimeError, match=wanted):
         train(
             model, text, held_out, some_settings(epochs=1, evaluate_every=2), folder=folder,

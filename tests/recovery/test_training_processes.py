@@ -92,9 +92,11 @@ def test_processes_that_disagree_all_say_so_before_anything_is_written(found):
 
 
 def test_faults_of_one_process_stop_all(found):
-    for nan, disk in found["faults"]:
+    for nan, disk, finished in found["faults"]:
         assert "the loss of step" in nan and " is nan; the last good checkpoint is " in nan
         assert "cannot write the checkpoint of step 8" in disk and "No space left" in disk and "checkpoint-4" in disk
+        assert f"makes the model from step {finished['best']} without" in nan and finished["best"] > 0
+        assert len(finished["losses"]) == finished["best"] and finished == found["faults"][0][2]
 
 
 def test_fsdp_shards_a_copy_and_writes_whole_checkpoints(found):

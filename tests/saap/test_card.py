@@ -9,8 +9,9 @@ from huggingface_hub import ModelCard
 import saap
 from saap.card import Made, hub_name, told_name
 from saap.serving.gguf_export import TYPES, export_gguf
+from tests.saap.command_line import run
 from tests.saap.test_checkpoint import make_plan
-from tests.saap.test_cli import run, workplace  # noqa: F401
+from tests.saap.test_cli import workplace  # noqa: F401
 from tests.saap.tiny import FAMILIES, tiny_model
 from tests.serving.gguf_models import LLAMA3_ROPE
 

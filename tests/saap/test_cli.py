@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import saap
-from saap.cli import app
 from saap.plan import Plan
+from tests.saap.command_line import run
 from tests.saap.tiny import tiny_model, tiny_tokenizer
 
 
@@ -20,12 +19,6 @@ def workplace(tmp_path_factory) -> Path:
     letters = "the quick brown fox jumps over lazy dogs. "
     (folder / "text.txt").write_text("\n\n".join(letters[i:] + letters[:i] for i in range(40)))
     return folder
-
-
-def run(*arguments: object, code: int = 0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result
 
 
 CALIBRATION = ("--samples", 4, "--seq-len", 16)

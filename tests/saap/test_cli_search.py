@@ -6,7 +6,8 @@ import pytest
 
 import saap
 from saap.latency import device_name
-from tests.saap.test_cli import CALIBRATION, prune, run, workplace  # noqa: F401  the fixture
+from tests.saap.command_line import run
+from tests.saap.test_cli import CALIBRATION, prune, workplace  # noqa: F401  the fixture
 from tests.saap.test_resources import make_table
 
 

@@ -8,9 +8,9 @@ import torch
 import saap
 from saap.compact import compact
 from saap.comparison import compare
+from tests.saap.command_line import run
 from tests.saap.page import Page
 from tests.saap.test_checkpoint import make_plan
-from tests.saap.test_cli import run
 from tests.saap.tiny import tiny_model, tiny_tokenizer
 
 

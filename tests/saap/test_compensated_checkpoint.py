@@ -12,8 +12,9 @@ from transformers import AutoModel
 import saap
 from saap.checkpoint import load, save
 from saap.plan import LayerPlan, Plan
+from tests.saap.command_line import run
 from tests.saap.test_checkpoint import ISOLATED, ids, make_plan
-from tests.saap.test_cli import CALIBRATION, prune, run, workplace  # noqa: F401  # a fixture
+from tests.saap.test_cli import CALIBRATION, prune, workplace  # noqa: F401  # a fixture
 from tests.saap.test_compensate import OPTIONS, PLAIN
 from tests.saap.test_prune import OPTIONS as PRUNE_OPTIONS
 from tests.saap.test_prune import TEXT

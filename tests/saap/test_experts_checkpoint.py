@@ -16,9 +16,9 @@ from saap.families import layers_of
 from saap.model_info import model_info
 from saap.plan import LayerPlan, Plan
 from saap.units import discover
+from tests.saap.command_line import run
 from tests.saap.test_calibrate import token_ids
 from tests.saap.test_checkpoint import compacted_as_masked, ids, make_plan
-from tests.saap.test_cli import run
 from tests.saap.tiny import MIXTURES, tiny_model, tiny_tokenizer
 
 PRODUCTS = ("eager", "batched_mm", "grouped_mm")

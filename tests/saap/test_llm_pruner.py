@@ -14,8 +14,9 @@ from saap.evaluate_baselines import evaluate_baselines
 from saap.micro_batches import in_micro_batches
 from saap.prune import prune as prune_model
 from saap.steps import Recipe, prune_in_steps
+from tests.saap.command_line import run
 from tests.saap.test_calibrate import token_ids
-from tests.saap.test_cli import CALIBRATION, prune, run, workplace  # noqa: F401  # a fixture
+from tests.saap.test_cli import CALIBRATION, prune, workplace  # noqa: F401  # a fixture
 from tests.saap.tiny import tiny_model
 
 EXPLICIT = {

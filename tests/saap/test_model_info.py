@@ -10,8 +10,8 @@ import saap
 from saap.compact import compact
 from saap.cost import cost_of
 from saap.model_info import model_info
+from tests.saap.command_line import run
 from tests.saap.test_checkpoint import FAMILIES, make_plan
-from tests.saap.test_cli import run
 from tests.saap.tiny import tiny_model, tiny_tokenizer
 
 

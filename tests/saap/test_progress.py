@@ -12,8 +12,9 @@ from saap.calibrate import calibrate
 from saap.stages import Stages
 from saap.steps import prune_in_steps
 from saap.units import discover
+from tests.saap.command_line import run
 from tests.saap.test_calibrate import token_ids
-from tests.saap.test_cli import prune, run, workplace  # noqa: F401  # a fixture
+from tests.saap.test_cli import prune, workplace  # noqa: F401  # a fixture
 from tests.saap.test_steps import CALIBRATION, recipe
 from tests.saap.tiny import tiny_model
 

@@ -15,8 +15,9 @@ from saap.report_page import amount, change, render, seconds, setting
 from saap.scores import Scores
 from saap.search import search
 from saap.units import LayerUnits, Units
+from tests.saap.command_line import run
 from tests.saap.page import Page
-from tests.saap.test_cli import prune, run, workplace  # noqa: F401  # a fixture
+from tests.saap.test_cli import prune, workplace  # noqa: F401  # a fixture
 from tests.saap.tiny import tiny_model, tiny_tokenizer
 
 TEXT = ["the quick brown fox jumps over lazy dogs. " * 4] * 3

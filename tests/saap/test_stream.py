@@ -7,12 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import saap
-from saap.cli import app
 from saap.stream import resolve_streaming
 from saap.units import MODULES
+from tests.saap import command_line
 from tests.saap.test_calibrate import assert_same, token_ids
 from tests.saap.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
@@ -210,9 +209,7 @@ def test_the_command_streams_a_checkpoint_and_prunes_it(tmp_path) -> None:
 
     def run(*arguments: object, code: int = 0):
         common = (tmp_path / "dense", "--data", tmp_path / "text.txt", "--samples", 4, "--seq-len", 16)
-        result = CliRunner().invoke(app, [str(a) for a in (arguments[0], *common, *arguments[1:])])
-        assert result.exit_code == code, result.output + repr(result.exception)
-        return result
+        return command_line.run(arguments[0], *common, *arguments[1:], code=code)
 
     files = [tmp_path / f"{name}.safetensors" for name in ("streamed", "resident")]
     run("calibrate", "--out", files[0], "--stream", "on", "--stream-folder", tmp_path)

@@ -12,7 +12,7 @@ from saap.plan import LayerPlan, Plan
 from saap.serving.check import check, check_all
 from saap.serving.targets import BLOCKS, TARGETS
 from saap.units import discover
-from tests.saap.test_cli import run
+from tests.saap.command_line import run
 from tests.saap.tiny import MIXTURES, tiny_model, tiny_tokenizer
 from tests.serving.test_targets import wide_model
 

@@ -12,7 +12,7 @@ from saap.serving.check import check
 from saap.stored_weight import to_stored
 from saap.weight_headers import Quantisation
 from saap_kernels import pack
-from tests.saap.test_cli import run
+from tests.saap.command_line import run
 from tests.serving.test_check import ALIGNED, faults, message, rewritten, saved
 
 

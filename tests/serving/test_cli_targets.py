@@ -9,7 +9,8 @@ import torch
 import saap
 from saap.plan import Plan
 from saap.units import discover
-from tests.saap.test_cli import CALIBRATION, run
+from tests.saap.command_line import run
+from tests.saap.test_cli import CALIBRATION
 from tests.saap.test_tensor_parallel import random_scores
 from tests.saap.tiny import tiny_tokenizer
 from tests.serving.test_targets import assert_taken, wide_model

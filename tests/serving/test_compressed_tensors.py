@@ -13,10 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import saap
-from saap.cli import app
 from saap.compact import compact
 from saap.data import load_documents
 from saap.evaluate import perplexity
@@ -26,6 +24,7 @@ from saap.plan import LayerPlan, Plan
 from saap.quantise import export_quantised
 from saap.serving.compressed_tensors import export_compressed_tensors
 from saap.units import discover
+from tests.saap.command_line import run
 from tests.saap.tiny import DENSE, tiny_model, tiny_tokenizer
 from tests.serving.test_quantiser import IDS
 
@@ -110,12 +109,6 @@ def test_modules_without_anything_left_are_ignored_by_name(tmp_path) -> None:
     described = json.loads((tmp_path / "int4/config.json").read_text())["quantization_config"]
     assert empty and set(described["ignore"]) == empty | {"lm_head"}
     assert torch.isfinite(saap.load(tmp_path / "int4")(IDS).logits).all()
-
-
-def run(*arguments: object, code: int = 0):
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result
 
 
 def test_the_command_writes_card_plan_and_tokenizer(tmp_path) -> None:

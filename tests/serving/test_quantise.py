@@ -6,16 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import saap
-from saap.cli import app
 from saap.data import load_documents
 from saap.model_info import model_info
 from saap.opening import open_tokenizer
 from saap.plan import Plan
 from saap.quantised_linear import QuantisedLinear
 from saap_kernels import pack
+from tests.saap.command_line import run
 from tests.saap.test_empty_modules import hollow
 from tests.saap.tiny import DENSE, FAMILIES, tiny_model, tiny_tokenizer
 from tests.serving.test_quantiser import IDS, assert_same_state, pruned, quantised_names
@@ -32,12 +31,6 @@ def folder(tmp_path_factory) -> Path:
     letters = "the quick brown fox jumps over lazy dogs. "
     (path / "text.txt").write_text("\n\n".join(letters[i:] + letters[:i] for i in range(8)))
     return path
-
-
-def run(*arguments: object, code: int = 0):
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result
 
 
 @pytest.mark.parametrize("bits", [4, 8])
