@@ -183,6 +183,28 @@ def _against_least(found: dict[int, float], least: dict[int, float]) -> str:
     return f"{shown} ≈" if gap and verdict(*gap) == "level" else shown
 
 
+def searches_table(cases: Found) -> str:
+    """The grid's criteria against SAAP's under each search, nothing compensated, in one step; paired over seeds."""
+    lines = ["**The same criteria under each search, nothing compensated: log(perplexity / saap's)**", ""]
+    own, *others = GRID_CRITERIA
+    lines += [_row(["mean ± standard error, and where saap's score is", *others]), "|---" * (len(others) + 1) + "|"]
+    for ratio in sorted({ratio for found in cases.values() for ratio in found}):
+        for search in GRID_SEARCHES:
+            saap = cases.get(grid_name(own, search, "none", 1), {}).get(ratio, {})
+            found = [cases.get(grid_name(each, search, "none", 1), {}).get(ratio, {}) for each in others]
+            gaps = [paired(each, saap) for each in found]
+            if any(gaps):
+                lines.append(_row([f"{search} at {ratio:.0%}", *map(_gap, gaps)]))
+    return "\n".join(lines) if len(lines) > 4 else ""  # without a row: nothing to compare
+
+
+def _gap(gap: tuple[float, float | None] | None) -> str:
+    if gap is None:  # not measured yet
+        return ""
+    error = "" if gap[1] is None else f" ± {gap[1]:.1%}"
+    return f"{gap[0]:+.1%}{error}, {verdict(*gap)}"
+
+
 def rho_table(found: dict) -> str:
     title = (
         f"Spearman's rho with the true rise of the loss: every KV group, {found['channels']} channels; 95 % intervals"
@@ -203,6 +225,8 @@ def sections(cells: Sequence[Cell], rhos: Sequence[dict]) -> str:
         parts += compared([cell for cell in mine if cell.group in TITLES])
         grid = by_case([cell for cell in mine if cell.group == "grid"])
         parts += [grid_table(grid, ratio) for ratio in sorted({ratio for found in grid.values() for ratio in found})]
+        if by_search := searches_table(grid):
+            parts.append(by_search)
         parts += [rho_table(found) for found in rhos if found["model"] == model]
     return "\n\n".join(parts)
 

@@ -110,6 +110,23 @@ def test_cells_of_the_grid_are_level_with_the_least_by_their_differences_of_each
     assert "| saap, uniform | 1.220 ± 0.057 ≈ |  |  |  |  |  |" in lines
 
 
+def test_the_criteria_of_the_grid_are_compared_under_each_search_without_compensation() -> None:
+    names = {
+        (name, search): grid_name(name, search, "none", 1)
+        for name in ("saap", "FLAP")
+        for search in ("global", "uniform")
+    }
+    found = {
+        names["saap", "global"]: (11.0, 12.0),
+        names["FLAP", "global"]: (12.0, 12.6),
+        names["saap", "uniform"]: (11.0,),
+    }
+    text = evidence.sections(some({**found, grid_name("FLAP", "uniform", "bias", 1): (9.0,)}, "grid"), [])
+    # log(12 / 11) = 8.70 %, log(12.6 / 12) = 4.88 %: half of their difference is the standard error of two
+    assert "| global at 20% |  |  | +6.8% ± 1.9%, ahead |" in text and "| uniform at 20%" not in text
+    assert "saap's score" not in evidence.sections(some({names["saap", "uniform"]: (11.0,)}, "grid"), [])
+
+
 def test_the_grid_is_the_whole_product_and_whole_columns_come_first() -> None:
     grid = [case for case in CASES if case.group == "grid"]
     assert len(grid) == 72 == len({case.name for case in grid})
