@@ -1,8 +1,8 @@
 """Perplexity after pruning by criterion, search, compensation and steps, over calibration seeds (method.md's protocol).
 
 ``python -m benchmarks.criteria [--model small_model|small_qwen2] [--text selection|report] [--seeds 0,1,2,3,4]
-[--groups criteria,choices,pipelines] [--cells FILE]``. Defaults are chosen on the selection text and reported once
-on the report text. Each row is the geometric mean over seeds, ours / dense. ``--cells`` writes every cell as it is
+[--groups criteria,choices,pipelines,z_scores] [--cells FILE]``. Defaults are chosen on the selection text and reported
+once on the report text. Each row is the geometric mean over seeds, ours / dense. ``--cells`` writes every cell as it is
 measured; those already in the file are not measured again, so start another file where the method has changed.
 ``--groups grid --samples 32`` is the product of criteria, searches, compensation and steps: 72 cases.
 """
@@ -191,7 +191,7 @@ def _groups(text: str) -> tuple[str, ...]:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    tables = ("criteria", "choices", "pipelines")
+    tables = ("criteria", "choices", "pipelines", "z_scores")
     parser.add_argument("--model", default=SMALL_MODEL.name, choices=(SMALL_MODEL.name, "small_qwen2"))
     parser.add_argument("--text", default="selection", choices=("selection", "report"))
     parser.add_argument("--seeds", type=seed_list, default=(0,), help="calibration seeds, such as 0,1,2 (default 0)")

@@ -36,6 +36,7 @@ TITLES = {
     "criteria": "Criteria: one global search, nothing compensated",
     "choices": "Choices of the method: the default with one thing changed",
     "pipelines": "Whole pipelines, and methods as published",
+    "z_scores": "Rankings by z-scores within layers: importances and their powers",
 }
 
 

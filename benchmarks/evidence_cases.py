@@ -92,6 +92,30 @@ def _choices() -> list[Case]:
     return cases + [Case(name, "choices", saap, chosen) for name, chosen in searches.items()]
 
 
+def _power(criterion: Criterion, exponent: float) -> Criterion:
+    """``criterion`` with every score raised to a power: no other ranking, but another spread."""
+
+    def powered(statistics: Statistics) -> Scores:
+        found = criterion(statistics)
+        return Scores.of(found.units, [found.attention**exponent, found.mlp**exponent], found.settings)
+
+    return powered
+
+
+def _z_scores() -> list[Case]:
+    """What a ranking by z-scores makes of importances of the first and of the second power of salience."""
+    saap, mask, element = (partial(score, criterion=name) for name in ("saap", "mask_gradient", "element"))
+    named = {
+        "saap": saap,
+        "saap, square root": _power(saap, 0.5),
+        "mask gradient, second order": mask,
+        "mask gradient, second order, square root": _power(mask, 0.5),
+        "element, first order": element,
+        "element, first order, squared": _power(element, 2),
+    }
+    return [Case(f"z-scores of {name}", "z_scores", found, {"method": "standardised"}) for name, found in named.items()]
+
+
 GRID_CRITERIA: dict[str, Criterion] = {
     "saap": partial(score, criterion="saap"),
     "mask gradient, second order": partial(score, criterion="mask_gradient"),
@@ -165,5 +189,5 @@ def _grid() -> list[Case]:
     ]
 
 
-CASES = tuple(_criteria() + _choices() + _pipelines() + _grid())
+CASES = tuple(_criteria() + _choices() + _pipelines() + _z_scores() + _grid())
 GROUPS = tuple(dict.fromkeys(case.group for case in CASES))

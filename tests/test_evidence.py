@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import saap
 from benchmarks import criteria, evidence, replan, single_units
 from benchmarks.common import Row
 from benchmarks.compensation import constant_shares
@@ -20,6 +21,7 @@ from benchmarks.single_units import interval, spearman
 from saap.criteria import score
 from saap.search import METHODS, search
 from saap.statistics import Statistics
+from tests.saap.tiny import tiny_model
 
 
 def cells() -> list[Cell]:
@@ -127,6 +129,18 @@ def test_the_criteria_of_the_grid_are_compared_under_each_search_without_compens
     assert "saap's score" not in evidence.sections(some({names["saap", "uniform"]: (11.0,)}, "grid"), [])
 
 
+def test_z_scores_are_of_importances_and_of_their_powers() -> None:
+    cases = {case.name.removeprefix("z-scores of "): case for case in CASES if case.group == "z_scores"}
+    assert all(case.search == {"method": "standardised"} for case in cases.values()) and len(cases) == 6
+    model = tiny_model("llama", torch.float32)
+    statistics = saap.calibrate(model, None, torch.arange(32).view(2, 16), samples=2, seq_len=16)
+    for changed, power in (("saap, square root", 0.5), ("element, first order, squared", 2.0)):
+        plain, powered = (cases[name].criterion(statistics) for name in (changed.rpartition(",")[0], changed))
+        torch.testing.assert_close(powered.mlp, plain.mlp**power)
+        torch.testing.assert_close(powered.attention, plain.attention**power)
+        assert not torch.equal(powered.mlp, plain.mlp)
+
+
 def test_the_grid_is_the_whole_product_and_whole_columns_come_first() -> None:
     grid = [case for case in CASES if case.group == "grid"]
     assert len(grid) == 72 == len({case.name for case in grid})
@@ -218,7 +232,7 @@ def test_cells_in_the_file_are_kept_and_only_the_others_measured(tmp_path, monke
         ("--ratios", "a", "expected shares between 0 and 1"),
         ("--samples", "0", "expected a positive whole number; got '0'"),
         ("--seeds", "0,-1", "expected whole numbers"),
-        ("--groups", "grids", "expected some of criteria,choices,pipelines,grid; got 'grids'"),
+        ("--groups", "grids", "expected some of criteria,choices,pipelines,z_scores,grid; got 'grids'"),
     ],
 )
 def test_bad_options_are_refused(option: str, value: str, expected: str, capsys) -> None:
