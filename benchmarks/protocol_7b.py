@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,12 @@ def refuse_changes(out: Path, recorded: dict[str, Any]) -> None:
         raise ValueError(f"{out} holds results of other settings ({differences}); choose another --out")
 
 
-def read_inputs(models: list[Model], ratios: tuple[float, ...], settings: Settings, coupled: bool = False) -> Inputs:
+def read_inputs(
+    models: list[Model], ratios: tuple[float, ...], settings: Settings, coupled: Sequence[Model] = ()
+) -> Inputs:
     """Load all texts and every model's configuration and tokenizer, so that a long run does not fail late.
 
-    ``coupled``: some cell takes coupled statistics, for which there must be memory.
+    ``coupled`` are those whose coupled statistics are to be measured, for which there must be memory.
     """
     inputs = Inputs(
         load_text(settings.calibration), {name: joined(source) for name, source in settings.perplexity_data.items()}
@@ -133,7 +136,7 @@ def read_inputs(models: list[Model], ratios: tuple[float, ...], settings: Settin
     longest = max(settings.seq_lens)
     for model in models:
         check_model(model, ratios, settings.method, (*settings.seq_lens, settings.seq_len))
-        if coupled:
+        if model in coupled:
             check_coupled_memory(model, settings.samples, settings.seq_len, settings.dtype)
         tokenizer = tokenizer_of(model)
         for name, text in inputs.texts.items():
@@ -174,7 +177,9 @@ def run(args: argparse.Namespace) -> None:
         print(f"wrote {table}" if args.table_only else f"{len(cells)} of {len(cells)} cells are done; wrote {table}")
         return
     print(f"{len(cells) - len(todo)} of {len(cells)} cells are done")
-    coupled = needs_coupled(*(cell.criterion for cell in todo if cell.criterion is not None))
+    coupled = [
+        cell.model for cell in todo if needs_coupled(cell.criterion or "") and not cell.statistics(out).is_file()
+    ]
     inputs = read_inputs(sorted({cell.model for cell in todo}, key=models.index), ratios, settings, coupled)
     write_atomically(out / "settings.json", json.dumps(recorded, indent=2) + "\n")
     for number, cell in enumerate(todo, start=1):

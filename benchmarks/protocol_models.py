@@ -136,7 +136,7 @@ def check_coupled_memory(model: Model, samples: int, seq_len: int, dtype: str | 
     units, number = discover(empty), empty.dtype if dtype is None else getattr(torch, dtype)
     device = Streaming().resolved_device(empty)
     weights, free, tokens = units.total_parameters * number.itemsize, available_bytes(device), samples * seq_len
-    if weights > 0.9 * free:
+    if units.total_parameters * empty.dtype.itemsize > 0.9 * free:  # it is streamed by its own dtype's size
         wanted, weights = block_activation_bytes(units, tokens, number), streamed_bytes(empty, number)
     else:
         wanted = checkpointed_bytes(units, tokens, number)

@@ -224,6 +224,8 @@ def _pattern(text: str) -> str:
 def _change(text: str) -> tuple[str, Any]:
     """A setting and its value, as JSON where it is JSON."""
     name, _, value = text.partition("=")
+    if name == "patience":
+        raise argparse.ArgumentTypeError("patience needs held-out text, of which this benchmark takes none")
     if name not in {field.name for field in fields(Settings)} or not value:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE with the name of a setting of recovery; got {text!r}")
     try:

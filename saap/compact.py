@@ -40,7 +40,8 @@ def compact(
     if compensation is not None:
         compensation.check_plan(plan)
         plan = replace(plan, settings=plan.settings | compensation.settings)
-    check_config(plan.settings.get("target"), model.config, plan.settings.get("compensate", "none"))
+    applied = {} if compensation is None else compensation.settings  # a plan's own may tell of another model
+    check_config(plan.settings.get("target"), model.config, applied.get("compensate", "none"))
     if copy:
         model = copying.deepcopy(model)
     family = family_of(model)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 import socket
 from importlib.metadata import PackageNotFoundError
 from urllib.parse import unquote
@@ -54,6 +55,11 @@ def test_coupled_statistics_without_memory_are_refused_before_any_cell(tmp_path,
     message = "error: --criteria: small_model: coupled statistics take all "
     assert stopped.value.code == 2 and capsys.readouterr().err.startswith(message)
     assert not (tmp_path / "out").exists()
+    # streamed by the size that it has on disk, of which a block and its activations have room
+    monkeypatch.setattr("benchmarks.protocol_models.available_bytes", lambda device: 16 * 2**20)
+    with pytest.raises(AssertionError, match="a cell was run"):
+        protocol_7b.main([*coupled, "--dtype", "float16"])
+    shutil.rmtree(tmp_path / "out")
     plain = [*coupled[:-1], "saap"]
     with pytest.raises(AssertionError, match="a cell was run"):
         protocol_7b.main(plain)

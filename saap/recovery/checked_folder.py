@@ -10,9 +10,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from saap.distributed import launched
+from saap.recovery.history import best_step
 from saap.recovery.training_folder import (
     LEARNED,
-    STATE,
+    PREFIX,
     Record,
     checkpoints,
     last_checkpoint,
@@ -66,7 +67,12 @@ def refuse_damaged(folder: Path, states: bool) -> None:
         _check(checkpoint / LEARNED, _open_tensors, last)
     if last is None:
         return
-    _check(last / STATE, lambda _: read_log(last), last)
+    try:
+        log = read_log(last)
+    except (ValueError, FileNotFoundError) as error:  # which name the file
+        raise type(error)(f"{error}: {_way_out(last, last)}") from error
+    # the log may speak of a better step than any that is there
+    _check(folder / f"{PREFIX}{best_step(log, step_of(last))}" / LEARNED, _open_tensors, last)
     if states:
         random = _random_states(last)
         optimizer = [] if step_of(last) == 0 else [OPTIMIZER]  # a sharded one has no state before its first step
@@ -74,12 +80,15 @@ def refuse_damaged(folder: Path, states: bool) -> None:
             _check(last / name, _read_zip, last, ", or finish (--finish), which does without it")
 
 
-def _check(file: Path, read: Callable[[Path], Any], last: Path | None, otherwise: str = "") -> None:
-    checkpoint = file.parent
+def _way_out(checkpoint: Path, last: Path | None) -> str:
     before = [each for each in checkpoints(checkpoint.parent) if step_of(each) < step_of(checkpoint)]
-    way = f"remove {checkpoint.parent} to start again"
     if checkpoint == last and before:  # of an earlier one, which is the best, the log of the last speaks
-        way = f"remove {checkpoint} to go on from {max(before, key=step_of).name}"
+        return f"remove {checkpoint} to go on from {max(before, key=step_of).name}"
+    return f"remove {checkpoint.parent} to start again"
+
+
+def _check(file: Path, read: Callable[[Path], Any], last: Path | None, otherwise: str = "") -> None:
+    way = _way_out(file.parent, last)
     try:
         read(file)
     except FileNotFoundError:

@@ -34,7 +34,7 @@ from saap.recovery.recover import (
 from saap.recovery.report import described_recovery, recovery_rows
 from saap.recovery.settings import Settings
 from saap.recovery.split_text import few_held_out, texts
-from saap.recovery.training_folder import PREFIX, SETTINGS, UNFINISHED, last_checkpoint
+from saap.recovery.training_folder import PREFIX, SETTINGS, UNFINISHED, last_checkpoint, step_of
 from saap.recovery.training_text import TrainingText
 from saap.report import REPORT_FILE, drawn_into, shown_name
 from saap.stopwatch import Stopwatch
@@ -117,6 +117,8 @@ class Job:
         """What ``run`` would do, after all that it checks before it trains."""
         model, _, _, text, kept = self._ready()
         steps = check_budget(text, self.settings)
+        if self.finish and (there := last_checkpoint(self.training)) is not None:
+            steps = step_of(there)
         settings = self.settings.to_dict() | {"learning_rate": self.settings.rate(model.config.hidden_size)}
         last = last_checkpoint(self.training) if self.finish else None
         told = {name: value for name, value in settings.items() if value is not None}

@@ -49,7 +49,8 @@ def default_held_out(sequences: int) -> int:
 def few_held_out(kept: TrainingText | None, held_out: Any) -> str | None:
     """What to warn of where early stopping goes by few sequences, or by none although some were to be ``held_out``."""
     found = 0 if kept is None else len(kept)
-    if found >= FEWEST or (not found and held_out is not None):
+    wanted_none = isinstance(held_out, int | float) and not held_out
+    if found >= FEWEST or wanted_none:
         return None
     came = f"{found} sequence{'s are' if found > 1 else ' is'}" if found else "no sequence is"
     taken = "which step is taken, and when training stops, goes by noise" if found else "the last step is taken"

@@ -182,6 +182,7 @@ def _taken(model: nn.Module, log: Log, settings: Settings, schedule: Schedule, f
     """The best of the parameters that were kept, in ``model``."""
     history = History.of(log, schedule.steps, settings.batch_size * settings.seq_len, settings.patience)
     restore_learned(model, folder / f"{PREFIX}{history.best}")
+    gathered(None)  # before the first process may remove what the others read
     return history
 
 

@@ -64,13 +64,17 @@ def restore_learned(model: nn.Module, folder: Path) -> None:
 
 
 def read_log(checkpoint: Path) -> list[dict[str, float]]:
-    """What the training had logged up to a checkpoint; ValueError naming a file that is damaged."""
+    """What the training had logged up to a checkpoint; ValueError or FileNotFoundError naming the file."""
     file = checkpoint / STATE
     try:
         log = json.loads(file.read_text(encoding="utf-8"))["log_history"]
+        if not (isinstance(log, list) and all(isinstance(entry, dict) for entry in log)):
+            raise TypeError("expected a list of objects as log_history")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} is missing") from None
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file}: the file is damaged: {error!r}") from error
-    return list(log)
+        raise ValueError(f"{file} is damaged: {error!r}") from error
+    return log
 
 
 def refuse_none_to_finish(folder: Path, finish: bool) -> None:

@@ -104,6 +104,27 @@ def test_the_best_checkpoint_cannot_be_done_without(interrupted, tmp_path) -> No
         recovered(folder=folder, resume=True, **OPTIONS)
 
 
+@pytest.mark.parametrize("how", ["resume", "finish"])
+def test_a_best_checkpoint_that_is_gone_is_missed_before_training(interrupted, tmp_path, how: str) -> None:
+    folder = shutil.copytree(interrupted, tmp_path / "run")
+    best = best_of(folder)
+    shutil.rmtree(folder / best)
+    message = f"^{folder}/{best}/learned.safetensors is missing: remove {folder} to start again$"
+    with pytest.raises(FileNotFoundError, match=message):
+        recovered(folder=folder, stage=pytest.fail, **OPTIONS | {how: True})
+
+
+@pytest.mark.parametrize("log", ["null", "[3]"])
+def test_a_log_that_is_none_is_named_once(interrupted, tmp_path, log: str) -> None:
+    folder = shutil.copytree(interrupted, tmp_path / "run")
+    (folder / "checkpoint-8" / "trainer_state.json").write_text(f'{{"log_history": {log}}}')
+    message = (
+        rf"^{folder}/checkpoint-8/trainer_state.json is damaged: TypeError\(.*\): remove {folder}/checkpoint-8 to go on"
+    )
+    with pytest.raises(ValueError, match=message):
+        recovered(folder=folder, resume=True, stage=pytest.fail, **OPTIONS)
+
+
 def test_random_numbers_of_several_processes_are_looked_for(interrupted, tmp_path) -> None:
     folder = shutil.copytree(interrupted, tmp_path / "run")
     state = folder / "checkpoint-8/rng_state.pth"

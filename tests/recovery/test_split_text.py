@@ -52,6 +52,7 @@ def test_the_share_is_the_end_of_the_text_in_whole_sequences() -> None:
         (24, 0.05, "^1 sequence is held out, fewer than 16"),
         (24, ids(15, seed=1), "^15 sequences are held out"),
         (3, None, "^no sequence is held out, fewer than 16: the last step is taken"),
+        (9, 0.001, "^no sequence is held out, fewer than 16: the last step is taken"),
     ],
 )
 def test_few_held_out_sequences_are_warned_of(sequences: int, held_out, message: str) -> None:

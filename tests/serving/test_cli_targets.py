@@ -114,6 +114,13 @@ def test_a_plan_remembers_the_target_that_its_execution_must_serve(tmp_path, doi
     run(*common, *bias, "--force")
 
 
+def test_a_plan_of_a_compensated_model_does_not_stand_for_biases_that_nobody_adds() -> None:
+    model = wide_model("qwen3")
+    plan = saap.search(random_scores(discover(model)), 0.3, target="llama.cpp")
+    made = saap.compact(model, replace(plan, settings=plan.settings | {"compensate": "bias"}), copy=True)
+    assert not [name for name, _ in made.named_parameters() if name.endswith("down_proj.bias")]
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
