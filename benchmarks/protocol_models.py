@@ -133,13 +133,13 @@ def check_coupled_memory(model: Model, samples: int, seq_len: int, dtype: str | 
     By the same estimates as in a cell, without its weights: a long run does not end when it comes to that cell.
     """
     empty = skeleton(AutoConfig.from_pretrained(model.path))
-    units, number = discover(empty), empty.dtype if dtype is None else getattr(torch, dtype)
+    units, measured = discover(empty), empty.dtype if dtype is None else getattr(torch, dtype)
     device = Streaming().resolved_device(empty)
-    weights, free, tokens = units.total_parameters * number.itemsize, available_bytes(device), samples * seq_len
+    weights, free, tokens = units.total_parameters * measured.itemsize, available_bytes(device), samples * seq_len
     if units.total_parameters * empty.dtype.itemsize > 0.9 * free:  # it is streamed by its own dtype's size
-        wanted, weights = block_activation_bytes(units, tokens, number), streamed_bytes(empty, number)
+        wanted, weights = block_activation_bytes(units, tokens, measured), streamed_bytes(empty, measured)
     else:
-        wanted = checkpointed_bytes(units, tokens, number)
+        wanted = checkpointed_bytes(units, tokens, measured)
     try:
         check_one_pass(wanted, free - weights, samples, seq_len)
     except ValueError as error:

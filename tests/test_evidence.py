@@ -14,8 +14,8 @@ import saap
 from benchmarks import criteria, evidence, replan, single_units
 from benchmarks.common import Row
 from benchmarks.compensation import constant_shares
-from benchmarks.criteria import RATIOS, Cell, measure_cells, rows_of
-from benchmarks.evidence_cases import BEST, CASES, COSTS, DEFAULT, GRID_COLUMNS, PUBLISHED, grid_name
+from benchmarks.criteria import RATIOS, Cell, rows_of
+from benchmarks.evidence_cases import BEST, CASES, COSTS, DEFAULT, PUBLISHED
 from benchmarks.evidence_figure import LINES, draw
 from benchmarks.single_units import interval, spearman
 from saap.criteria import score
@@ -89,46 +89,6 @@ def test_targets_compare_the_seeds_that_the_pipeline_has() -> None:
     assert PUBLISHED[1] not in text
 
 
-def test_the_grid_is_one_table_per_ratio_over_the_seeds_that_all_cells_have() -> None:
-    first, second = (grid_name(name, "uniform", "bias", 4) for name in ("saap", "FLAP"))
-    text = evidence.sections(some({first: (12.0, 16.0), second: (11.0,)}, "grid"), [])
-    head = "|  | none | bias | least squares | none, 4 steps | bias, 4 steps | least squares, 4 steps |"
-    assert text.count("%, 1 calibration seed**") == len(RATIOS) == text.count(head)
-    assert "| saap, uniform |  |  |  |  | 1.200 |  |" in text and "| FLAP, uniform |  |  |  |  | **1.100** |  |" in text
-    assert "default" not in text  # nothing is compared with it
-    assert "saap, global" not in text  # not measured yet
-    apart = [*some({first: (12.0,)}, "grid"), Cell("m", "report", second, "grid", 0.2, 7, 11.0, 10.0)]
-    with pytest.raises(ValueError, match="expected a calibration seed that all cells of the grid at 20% have"):
-        evidence.sections(apart, [])
-
-
-def test_cells_of_the_grid_are_level_with_the_least_by_their_differences_of_each_seed() -> None:
-    names = [grid_name("saap", search, "none", 1) for search in ("global", "standardised", "uniform")]
-    # as far above the least on average, once always by as much and once by chance
-    found = dict(zip(names, [(11.0, 13.0), (11.2, 13.2), (11.8, 12.6)], strict=True))
-    lines = evidence.sections(some(found, "grid"), []).splitlines()
-    assert "| saap, global | **1.200 ± 0.141** |  |  |  |  |  |" in lines
-    assert "| saap, standardised | 1.220 ± 0.141 |  |  |  |  |  |" in lines
-    assert "| saap, uniform | 1.220 ± 0.057 ≈ |  |  |  |  |  |" in lines
-
-
-def test_the_criteria_of_the_grid_are_compared_under_each_search_without_compensation() -> None:
-    names = {
-        (name, search): grid_name(name, search, "none", 1)
-        for name in ("saap", "FLAP")
-        for search in ("global", "uniform")
-    }
-    found = {
-        names["saap", "global"]: (11.0, 12.0),
-        names["FLAP", "global"]: (12.0, 12.6),
-        names["saap", "uniform"]: (11.0,),
-    }
-    text = evidence.sections(some({**found, grid_name("FLAP", "uniform", "bias", 1): (9.0,)}, "grid"), [])
-    # log(12 / 11) = 8.70 %, log(12.6 / 12) = 4.88 %: half of their difference is the standard error of two
-    assert "| global at 20% |  |  | +6.8% ± 1.9%, ahead |" in text and "| uniform at 20%" not in text
-    assert "saap's score" not in evidence.sections(some({names["saap", "uniform"]: (11.0,)}, "grid"), [])
-
-
 def test_z_scores_are_of_importances_and_of_their_powers() -> None:
     cases = {case.name.removeprefix("z-scores of "): case for case in CASES if case.group == "z_scores"}
     assert all(case.search == {"method": "standardised"} for case in cases.values()) and len(cases) == 6
@@ -139,14 +99,6 @@ def test_z_scores_are_of_importances_and_of_their_powers() -> None:
         torch.testing.assert_close(powered.mlp, plain.mlp**power)
         torch.testing.assert_close(powered.attention, plain.attention**power)
         assert not torch.equal(powered.mlp, plain.mlp)
-
-
-def test_the_grid_is_the_whole_product_and_whole_columns_come_first() -> None:
-    grid = [case for case in CASES if case.group == "grid"]
-    assert len(grid) == 72 == len({case.name for case in grid})
-    product = {(case.search["method"], case.compensate, case.steps) for case in grid}
-    assert len(product) == 18 and [(case.compensate, case.steps) for case in grid[::12]] == list(GRID_COLUMNS)
-    assert grid[0].steps == 1 and grid[-1].steps == 4
 
 
 def test_names_that_the_page_relies_on_are_cases() -> None:
@@ -241,13 +193,6 @@ def test_bad_options_are_refused(option: str, value: str, expected: str, capsys)
     with pytest.raises(SystemExit):
         parser.parse_args([option, value])
     assert expected in capsys.readouterr().err
-
-
-def test_cases_of_the_grid_prune() -> None:
-    cases = [case for case in CASES if case.group == "grid" and case.steps == 1 and case.compensate != "bias"][::5]
-    found = list(measure_cells("small_qwen2", "selection", [0], cases, [0.5], {"samples": 2, "seq_len": 64}, 512))
-    assert [cell.case for cell in found] == [case.name for case in cases] and {cell.group for cell in found} == {"grid"}
-    assert all(cell.perplexity > cell.dense for cell in found)
 
 
 def test_replanning_covers_every_criterion_search_and_resource() -> None:

@@ -25,6 +25,7 @@ from saap.recovery.training_folder import (
 
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # transformers' names, as are the next two
 RANDOM, RANDOM_OF = "rng_state.pth", "rng_state_{}.pth"  # of one process, and of each of several
+# what zipfile, zlib and safetensors raise for files that were cut, emptied or changed
 NOT_WHOLE = (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error, SafetensorError)
 
 
